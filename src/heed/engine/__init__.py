@@ -1,0 +1,1 @@
+"""The engine: attention under a pattern."""

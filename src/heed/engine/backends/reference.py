@@ -1,0 +1,33 @@
+"""Dense attention in float32, written out: the specification every other backend is tested against."""
+
+from __future__ import annotations
+
+import torch
+
+from heed.engine.bias import dense_bias
+from heed.engine.call import Call, Result
+
+
+def refuse(call: Call) -> str | None:  # noqa: ARG001 - the specification runs everything
+    return None
+
+
+def run(call: Call) -> Result:
+    """softmax(scale * q k^T + bias, over the allowed keys) v; rows without a key give 0 and lse -inf."""
+    k, v = call.full_heads()
+    precision = torch.promote_types(call.q.dtype, torch.float32)
+    scores = call.scale * (call.q.to(precision) @ k.to(precision).transpose(-1, -2))
+    if call.bias is not None:
+        scores = scores + dense_bias(call.bias, call.pattern, call.n, call.m).to(precision)
+    allowed = call.allowed()
+    empty = ~allowed.any(-1, keepdim=True)
+    # An empty row is computed as if everything were allowed and then set to 0, so that no NaN enters its gradient.
+    scores = scores.masked_fill(~(allowed | empty), -torch.inf)
+    weights = scores.softmax(-1).masked_fill(empty, 0.0)
+    lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), -torch.inf) if call.lse else None
+    mixed = weights
+    if call.dropout > 0:
+        kept = torch.rand(weights.shape, generator=call.generator, device=weights.device) >= call.dropout
+        mixed = weights * kept / (1 - call.dropout)
+    out = (mixed @ v.to(precision)).to(call.v.dtype)
+    return Result(out, weights if call.weights else None, lse)

@@ -1,0 +1,46 @@
+"""PyTorch's scaled_dot_product_attention with a dense mask: best where most pairs are kept or the sequence is short."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from heed.engine.bias import dense_bias
+from heed.engine.call import Call, Result
+from heed.engine.pattern import Pattern
+from heed.engine.patterns import Causal, Full
+
+
+def refuse(call: Call) -> str | None:
+    if call.weights:
+        return "it does not return weights; use backend='reference'"
+    if call.lse:
+        return "it does not return the logsumexp; use backend='tiled' or 'reference'"
+    if call.dropout > 0 and call.generator is not None:
+        return "its dropout takes no generator; use backend='tiled' or 'reference'"
+    return None
+
+
+def run(call: Call) -> Result:
+    options = {"dropout_p": call.dropout, "scale": call.scale, "enable_gqa": call.groups > 1}
+    plain = call.bias is None and call.key_mask is None
+    if plain and isinstance(call.pattern, Full):
+        return Result(F.scaled_dot_product_attention(call.q, call.k, call.v, **options))
+    if plain and call.pattern == Causal() and call.n == call.m:
+        return Result(F.scaled_dot_product_attention(call.q, call.k, call.v, is_causal=True, **options))
+    allowed = _static_mask(call.pattern, call.n, call.m, call.q.device) if call.pattern.static else call.allowed()
+    if call.pattern.static and call.key_mask is not None:
+        allowed = allowed & call.key_mask[:, None, None, :]
+    mask: Tensor = allowed
+    if call.bias is not None:
+        bias = dense_bias(call.bias, call.pattern, call.n, call.m).to(call.q.dtype)
+        mask = bias.masked_fill(~allowed, -torch.inf)
+    return Result(F.scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=mask, **options))
+
+
+@lru_cache(maxsize=32)
+def _static_mask(pattern: Pattern, n: int, m: int, device: torch.device) -> Tensor:
+    return pattern.mask(n, m, device=device)[None, None]

@@ -1,0 +1,245 @@
+"""What a pattern is, and how patterns combine.
+
+A pattern says which keys each query may look at. It is a value: immutable, hashable, printable, comparable, and closed
+under `&` (both), `|` (either) and `~` (not):
+
+    >>> Causal() & (Window(256) | Strided(64))
+    Causal() & (Window(left=256, right=256) | Strided(step=64))
+
+A new pattern needs one method. Either `axes(n, m)`, when the keys of each query form an interval (or a box on a grid), or
+`keep(n, m, b, h, q, k)`, plain index arithmetic. Everything else (dense mask, density, picture, plan) follows from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from heed.engine.axis import Axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as MatplotlibAxes
+
+
+class Pattern:
+    """Which keys each query may look at. Subclasses are frozen dataclasses."""
+
+    @property
+    def static(self) -> bool:
+        """True when the pattern is the same for every batch element and head, so that its plan can be kept."""
+        return True
+
+    @property
+    def grain(self) -> tuple[int, int]:
+        """Query and key block sizes at which the pattern is most economically described."""
+        return 64, 64
+
+    def check(self, n: int, m: int) -> None:
+        """Raise ValueError when n queries and m keys do not fit the pattern."""
+
+    def axes(self, n: int, m: int) -> tuple[Axis, ...] | None:
+        """The box form for n queries and m keys, or None when there is none."""
+        return None
+
+    def keep(self, n: int, m: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Whether query q may see key k in batch element b and head h: index tensors that broadcast, bool out."""
+        boxes = _box_tables(self, n, m, q.device)
+        if boxes is None:
+            raise NotImplementedError(f"{type(self).__name__} must define axes() or keep()")
+        kept: Tensor | None = None
+        for table in boxes:
+            place = table.query_place[(q // table.query_stride) % table.query_size]
+            key = table.key_place[(k // table.key_stride) % table.key_size]
+            inside = (table.first[place] <= key) & (key <= table.last[place])
+            kept = inside if kept is None else kept & inside
+        assert kept is not None  # a grid has at least one axis
+        return kept
+
+    def mask(self, n: int, m: int | None = None, *, batch: int = 1, heads: int = 1, device: object = None) -> Tensor:
+        """The dense mask: bool (n, m) for a static pattern, else (batch, heads, n, m)."""
+        m = n if m is None else m
+        self.check(n, m)
+        dev = torch.device(device) if device is not None else torch.device("cpu")  # type: ignore[arg-type]
+        q = torch.arange(n, device=dev)[:, None]
+        k = torch.arange(m, device=dev)[None, :]
+        zero = torch.zeros((), dtype=torch.long, device=dev)
+        if self.static:
+            return self.keep(n, m, zero, zero, q, k).expand(n, m)
+        b = torch.arange(batch, device=dev)[:, None, None, None]
+        h = torch.arange(heads, device=dev)[None, :, None, None]
+        return self.keep(n, m, b, h, q, k).expand(batch, heads, n, m)
+
+    def density(self, n: int, m: int | None = None, *, batch: int = 1, heads: int = 1) -> float:
+        """Share of (query, key) pairs that are kept, between 0 and 1."""
+        m = n if m is None else m
+        self.check(n, m)
+        axes = self.axes(n, m)
+        if axes is not None:
+            share = 1.0
+            for axis in axes:
+                count = (axis.last.clamp(max=axis.keys - 1) - axis.first.clamp(min=0) + 1).clamp(min=0)
+                share *= count.sum().item() / (axis.queries * axis.keys)
+            return share
+        return self.mask(n, m, batch=batch, heads=heads).float().mean().item()
+
+    def plot(self, n: int, m: int | None = None, *, ax: MatplotlibAxes | None = None) -> MatplotlibAxes:
+        """Draw the dense mask (rows are queries, columns are keys) and return matplotlib's axes."""
+        import matplotlib.pyplot as plt
+
+        mask = self.mask(n, m)
+        if mask.ndim == 4:
+            mask = mask[0, 0]
+        if ax is None:
+            _, ax = plt.subplots(figsize=(4, 4))
+        assert ax is not None
+        ax.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest", aspect="auto")
+        ax.set(title=str(self), xlabel="keys", ylabel="queries")
+        return ax
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return And(self, _pattern(other))
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return Or(self, _pattern(other))
+
+    def __invert__(self) -> Pattern:
+        return self.pattern if isinstance(self, Not) else Not(self)
+
+
+@dataclass(frozen=True)
+class _Pair(Pattern):
+    left: Pattern
+    right: Pattern
+
+    @property
+    def static(self) -> bool:
+        return self.left.static and self.right.static
+
+    @property
+    def grain(self) -> tuple[int, int]:
+        (lq, lk), (rq, rk) = self.left.grain, self.right.grain
+        return min(lq, rq), min(lk, rk)
+
+    def check(self, n: int, m: int) -> None:
+        self.left.check(n, m)
+        self.right.check(n, m)
+
+
+@dataclass(frozen=True)
+class And(_Pair):
+    """Pairs that both patterns keep."""
+
+    def axes(self, n: int, m: int) -> tuple[Axis, ...] | None:
+        left, right = self.left.axes(n, m), self.right.axes(n, m)
+        if left is None or right is None:
+            return None
+        if len(left) == len(right) and all(a.same_places(b) for a, b in zip(left, right, strict=True)):
+            return tuple(a.intersect(b) for a, b in zip(left, right, strict=True))
+        for full, other in ((left, right), (right, left)):
+            if all(_unrestricted(axis) for axis in full):
+                return other
+        return None
+
+    def keep(self, n: int, m: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.left.keep(n, m, b, h, q, k) & self.right.keep(n, m, b, h, q, k)
+
+    def __str__(self) -> str:
+        return f"{_wrapped(self.left)} & {_wrapped(self.right)}"
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class Or(_Pair):
+    """Pairs that either pattern keeps."""
+
+    def keep(self, n: int, m: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.left.keep(n, m, b, h, q, k) | self.right.keep(n, m, b, h, q, k)
+
+    def __str__(self) -> str:
+        return f"{_wrapped(self.left)} | {_wrapped(self.right)}"
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class Not(Pattern):
+    """Pairs that the pattern does not keep."""
+
+    pattern: Pattern
+
+    @property
+    def static(self) -> bool:
+        return self.pattern.static
+
+    @property
+    def grain(self) -> tuple[int, int]:
+        return self.pattern.grain
+
+    def check(self, n: int, m: int) -> None:
+        self.pattern.check(n, m)
+
+    def keep(self, n: int, m: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ~self.pattern.keep(n, m, b, h, q, k)
+
+    def __str__(self) -> str:
+        return f"~{_wrapped(self.pattern)}"
+
+    __repr__ = __str__
+
+
+def _wrapped(pattern: Pattern) -> str:
+    return f"({pattern})" if isinstance(pattern, _Pair) else str(pattern)
+
+
+def _pattern(value: object) -> Pattern:
+    if not isinstance(value, Pattern):
+        raise TypeError(f"a pattern combines with a pattern, not with {value!r}; see heed.patterns")
+    return value
+
+
+def _unrestricted(axis: Axis) -> bool:
+    return bool((axis.first <= 0).all() and (axis.last >= axis.keys - 1).all())
+
+
+@dataclass(frozen=True, eq=False)
+class _BoxTable:
+    """An axis as look-up tables over token indices, on one device."""
+
+    first: Tensor
+    last: Tensor
+    query_place: Tensor
+    key_place: Tensor
+    query_size: int
+    query_stride: int
+    key_size: int
+    key_stride: int
+
+
+@lru_cache(maxsize=256)
+def _box_tables(pattern: Pattern, n: int, m: int, device: torch.device) -> tuple[_BoxTable, ...] | None:
+    axes = pattern.axes(n, m)
+    if axes is None:
+        return None
+    tables = []
+    query_stride = key_stride = 1
+    for axis in reversed(axes):
+        tables.append(
+            _BoxTable(
+                axis.first.to(device),
+                axis.last.to(device),
+                axis.query_places().to(device),
+                axis.key_places().to(device),
+                axis.queries,
+                query_stride,
+                axis.keys,
+                key_stride,
+            )
+        )
+        query_stride *= axis.queries
+        key_stride *= axis.keys
+    return tuple(reversed(tables))

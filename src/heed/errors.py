@@ -1,0 +1,21 @@
+"""How heed words its errors: the offending value first, the remedy after it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """A message for a name nobody registered, with the nearest names that somebody did."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names) or 'none'}"
+    return f"unknown {kind} {name!r}; {hint}"
+
+
+class MissingExtra(ImportError):
+    """An optional dependency is absent; says which extra installs it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"this needs {package!r}, which is not installed: pip install 'heed[{extra}]'")

@@ -1,0 +1,1 @@
+"""Image backbones, one file per architecture."""

@@ -1,0 +1,96 @@
+"""What every image backbone offers: features, intermediate maps, a head that can be exchanged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from heed.models import HeedModel
+
+
+class Backbone(HeedModel):
+    """Base of image models (B, C, H, W) -> (B, num_classes), with timm's methods.
+
+    A subclass sets `num_classes`, `num_features`, `feature_info` (one dict per stage with num_chs, reduction, module),
+    creates its classifier as `self.head = self.classifier(num_classes)`, and implements `stage_maps`.
+    """
+
+    num_classes: int
+    num_features: int
+    feature_info: list[dict[str, Any]]
+    head: nn.Module
+
+    @property
+    def head_hidden_size(self) -> int:
+        return self.num_features
+
+    def classifier(self, num_classes: int) -> nn.Module:
+        """A linear classifier, or nothing for num_classes=0."""
+        return nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    def stage_maps(self, x: Tensor) -> list[Tensor]:
+        """Run the stages: the maps (B, C, H, W) that `feature_info` describes."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor) -> Tensor:
+        """From the last map (B, C, H, W) to the features that are pooled, usually a norm."""
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The features before pooling, (B, C, H, W)."""
+        return self.finish(self.stage_maps(x)[-1])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool features (B, C, H, W) and classify; with `pre_logits` stop before the classifier."""
+        pooled = x.mean((2, 3))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Exchange the classifier; 0 removes it."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool={global_pool!r}: {type(self).__name__} pools by average only")
+        self.num_classes = num_classes
+        self.head = self.classifier(num_classes)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The maps of chosen stages, and the final features unless `intermediates_only`.
+
+        Args:
+            x: (B, C, H, W) images.
+            indices: which stages (negative counts from the end), an int for the last so many, None for all.
+            norm: apply the final norm to the intermediate maps (not offered).
+            stop_early: accepted for timm's sake; all stages run.
+            output_fmt: "NCHW" is what there is.
+            intermediates_only: return the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: maps are given as 'NCHW'")
+        if norm:
+            raise ValueError("norm=True: intermediate maps are given as the stages leave them")
+        maps = self.stage_maps(x)
+        count = len(maps)
+        if indices is None:
+            indices = range(count)  # type: ignore[assignment]
+        elif isinstance(indices, int):
+            indices = range(count - indices, count)  # type: ignore[assignment]
+        assert indices is not None and not isinstance(indices, int)
+        for index in indices:
+            if not -count <= index < count:
+                raise ValueError(f"stage {index} does not exist; {type(self).__name__} has {count}")
+        chosen = [maps[index] for index in indices]
+        return chosen if intermediates_only else (self.finish(maps[-1]), chosen)

@@ -1,0 +1,6 @@
+"""The harness imports its neighbours by name."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
