@@ -499,6 +499,10 @@ class Subsampled(Pattern):
         object.__setattr__(self, "keep_keys", keep)
         object.__setattr__(self, "seed", seed)
 
+    @property
+    def grain(self) -> tuple[int, int]:
+        return 64, 1
+
     def _count(self, m: int) -> int:
         return self.keep_keys if isinstance(self.keep_keys, int) else max(1, round(self.keep_keys * m))
 

@@ -1,0 +1,105 @@
+"""Plans: how a pattern becomes work.
+
+A plan cuts the queries into tiles and says which blocks of keys every tile visits. Tiles of equal sizes form a group; a
+group is executed as batched matrix products over (tile of queries) x (its keys), so nothing of size queries x keys is
+ever formed. Pairs of a tile that the pattern does not keep are masked by a small table of masks that tiles share.
+
+Patterns with axes get their plan from `boxes`, all others (compositions, chosen blocks) from `blocks`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from heed.engine.pattern import Pattern
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A group of tiles. G is 1 when all heads share the group, else it counts batch elements x heads.
+
+    Args:
+        queries: (T, tq) token of every query; the number of queries where a tile is padded.
+        keys: (G, T, nb) key block in every slot; a block holds `key_block` consecutive keys.
+        key_block: keys per block; 1 means that `keys` names tokens.
+        mask: (U, tq, width) additive masks, 0 or -inf, that tiles share; None when every pair is kept.
+        mask_of: (G, T, slots) which mask each run of `width` keys of a tile uses; slots * width = nb * key_block.
+        offsets: per axis (U, tq, width) relative offset of key and query, for relative biases; None without axes.
+        rows: the first query when the group's queries are consecutive and unpadded, else None.
+        band: (start, step) when tile t visits the consecutive keys from start + t * step on, else None: such keys are
+            read in place, as a strided view.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    key_block: int
+    mask: Tensor | None
+    mask_of: Tensor
+    offsets: tuple[Tensor, ...] | None = None
+    rows: int | None = None
+    band: tuple[int, int] | None = None
+
+    @property
+    def tiles(self) -> int:
+        return self.queries.shape[0]
+
+    @property
+    def tile(self) -> int:
+        return self.queries.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Keys per tile."""
+        return self.keys.shape[2] * self.key_block
+
+    def to(self, device: torch.device) -> Tiles:
+        return Tiles(
+            self.queries.to(device),
+            self.keys.to(device),
+            self.key_block,
+            None if self.mask is None else self.mask.to(device),
+            self.mask_of.to(device),
+            None if self.offsets is None else tuple(offset.to(device) for offset in self.offsets),
+            self.rows,
+            self.band,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The groups of tiles that together cover all n queries once; `empty` when some query may see no key."""
+
+    n: int
+    m: int
+    groups: tuple[Tiles, ...]
+    empty: bool
+
+    @property
+    def work(self) -> float:
+        """Scores computed over n * m; above the pattern's density by what the tiles waste."""
+        return sum(g.tiles * g.tile * g.width for g in self.groups) / (self.n * self.m)
+
+
+def plan_for(pattern: Pattern, n: int, m: int, device: torch.device, batch: int = 1, heads: int = 1) -> Plan:
+    """The plan of a pattern for n queries and m keys; static patterns get theirs once and keep it."""
+    from heed.engine.blocks import block_plan
+
+    if pattern.static:
+        return _static_plan(pattern, n, m, device)
+    return block_plan(pattern, n, m, device, batch, heads)
+
+
+@lru_cache(maxsize=256)
+def _static_plan(pattern: Pattern, n: int, m: int, device: torch.device) -> Plan:
+    from heed.engine.blocks import block_plan
+    from heed.engine.boxes import box_plan
+
+    axes = pattern.axes(n, m)
+    if axes is None:
+        return block_plan(pattern, n, m, device)
+    plan = box_plan(axes, n, m)
+    return Plan(n, m, tuple(group.to(device) for group in plan.groups), plan.empty)
