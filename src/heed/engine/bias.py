@@ -75,7 +75,8 @@ def dense_bias(bias: Bias, pattern: Pattern, n: int, m: int) -> Tensor:
     if isinstance(bias, Tensor):
         return bias
     device = bias.table.device if isinstance(bias, RelativeBias) else bias.logits[0].device
-    offsets = _dense_offsets(axes_for(bias, pattern, n, m), n, m, device)
+    tables = token_offsets(axes_for(bias, pattern, n, m), n, m, device)
+    offsets = [place[None, :] - anchor[:, None] for anchor, place in tables]
     if isinstance(bias, RelativeBias):
         return bias.at(offsets).unsqueeze(0)
     total = None
@@ -87,13 +88,13 @@ def dense_bias(bias: Bias, pattern: Pattern, n: int, m: int) -> Tensor:
     return total
 
 
-def _dense_offsets(axes: tuple[Axis, ...], n: int, m: int, device: torch.device) -> list[Tensor]:
-    """(n, m) relative offset per axis between every query and key of the flattened grid."""
+def token_offsets(axes: tuple[Axis, ...], n: int, m: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Per axis the anchor (n,) of every query and the place (m,) of every key; their difference is the offset."""
     q, k = torch.arange(n), torch.arange(m)
-    offsets: list[Tensor] = []
+    tables: list[tuple[Tensor, Tensor]] = []
     for axis in reversed(axes):
         anchor = axis.anchors()[axis.query_places()[q % axis.queries]]
         place = axis.key_places()[k % axis.keys]
-        offsets.append((place[None, :] - anchor[:, None]).to(device))
+        tables.append((anchor.to(device), place.to(device)))
         q, k = q // axis.queries, k // axis.keys
-    return offsets[::-1]
+    return tables[::-1]

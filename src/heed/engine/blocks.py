@@ -93,13 +93,14 @@ def _masks(
     distinct = [torch.ones(1, tile, key_block, dtype=torch.bool, device=keys.device)]
     distinct.append(torch.zeros_like(distinct[0]))
     if len(g):
+        rule = pattern.rule(n, m, keys.device)
         kept = []
         for part in torch.arange(len(g), device=keys.device).split(max(1, _DENSE_CHUNK // (tile * key_block))):
             gp, tp, sp = g[part], t[part], slot[part]
             q = queries[tp][:, :, None].clamp(max=n - 1)
             k = (keys[gp, tp, sp][:, None] * key_block + torch.arange(key_block, device=keys.device))[:, None, :]
             b, h = (gp // heads)[:, None, None], (gp % heads)[:, None, None]
-            kept.append(pattern.keep(n, m, b, h, q, k.clamp(max=m - 1)) & (k < m))
+            kept.append(rule(b, h, q, k.clamp(max=m - 1)) & (k < m))
         kinds, of_slot = torch.unique(torch.cat(kept).flatten(1), dim=0, return_inverse=True)
         distinct.append(kinds.view(-1, tile, key_block))
         mask_of[g, t, slot] = of_slot + 2
@@ -187,11 +188,12 @@ def _dense_bounds(
     h = torch.arange(heads, device=device)[None, :, None, None]
     if pattern.static:
         b = h = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+    rule = pattern.rule(n, m, device)
     step = max(1, _DENSE_CHUNK // (m * tile * b.numel() * h.numel())) * tile
     some, every = [], []
     for begin in range(0, n, step):
         q = torch.arange(begin, min(begin + step, n), device=device)
-        kept = pattern.keep(n, m, b, h, q[:, None], k).expand(b.shape[0], h.shape[1], -1, -1)
+        kept = rule(b, h, q[:, None], k).expand(b.shape[0], h.shape[1], -1, -1)
         grow = (0, -m % key_block, 0, -len(q) % tile)
         for value, bound, reduce in ((False, some, torch.any), (True, every, torch.all)):
             cells = F.pad(kept, grow, value=value).unflatten(3, (-1, key_block)).unflatten(2, (-1, tile))

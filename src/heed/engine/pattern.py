@@ -7,11 +7,12 @@ under `&` (both), `|` (either) and `~` (not):
     Causal() & (Window(left=256, right=256) | Strided(step=64))
 
 A new pattern needs one method. Either `axes(n, m)`, when the keys of each query form an interval (or a box on a grid), or
-`keep(n, m, b, h, q, k)`, plain index arithmetic. Everything else (dense mask, density, picture, plan) follows from it.
+`rule(n, m, device)`, plain index arithmetic. Everything else (dense mask, density, picture, plan) follows from it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ from heed.engine.axis import Axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as MatplotlibAxes
+
+# (b, h, q, k) -> kept, on index tensors that broadcast
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Pattern:
@@ -45,19 +49,23 @@ class Pattern:
         """The box form for n queries and m keys, or None when there is none."""
         return None
 
-    def keep(self, n: int, m: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q may see key k in batch element b and head h: index tensors that broadcast, bool out."""
-        boxes = _box_tables(self, n, m, q.device)
+    def rule(self, n: int, m: int, device: torch.device) -> Rule:
+        """The index arithmetic: a function of batch element, head, query and key (integer tensors that broadcast)
+        that says whether the query may see the key."""
+        boxes = _box_tables(self, n, m, device)
         if boxes is None:
-            raise NotImplementedError(f"{type(self).__name__} must define axes() or keep()")
-        kept: Tensor | None = None
-        for table in boxes:
-            place = table.query_place[(q // table.query_stride) % table.query_size]
-            key = table.key_place[(k // table.key_stride) % table.key_size]
-            inside = (table.first[place] <= key) & (key <= table.last[place])
-            kept = inside if kept is None else kept & inside
-        assert kept is not None  # a grid has at least one axis
-        return kept
+            raise NotImplementedError(f"{type(self).__name__} must define axes() or rule()")
+
+        def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # noqa: ARG001 - the same for all heads
+            kept: Tensor | None = None
+            for box in boxes:
+                key = box.key_place[k]
+                inside = (box.first[q] <= key) & (key <= box.last[q])
+                kept = inside if kept is None else kept & inside
+            assert kept is not None  # a grid has at least one axis
+            return kept
+
+        return keep
 
     def mask(self, n: int, m: int | None = None, *, batch: int = 1, heads: int = 1, device: object = None) -> Tensor:
         """The dense mask: bool (n, m) for a static pattern, else (batch, heads, n, m)."""
@@ -66,12 +74,13 @@ class Pattern:
         dev = torch.device(device) if device is not None else torch.device("cpu")  # type: ignore[arg-type]
         q = torch.arange(n, device=dev)[:, None]
         k = torch.arange(m, device=dev)[None, :]
-        zero = torch.zeros((), dtype=torch.long, device=dev)
+        keep = self.rule(n, m, dev)
         if self.static:
-            return self.keep(n, m, zero, zero, q, k).expand(n, m)
+            zero = torch.zeros((), dtype=torch.long, device=dev)
+            return keep(zero, zero, q, k).expand(n, m)
         b = torch.arange(batch, device=dev)[:, None, None, None]
         h = torch.arange(heads, device=dev)[None, :, None, None]
-        return self.keep(n, m, b, h, q, k).expand(batch, heads, n, m)
+        return keep(b, h, q, k).expand(batch, heads, n, m)
 
     def density(self, n: int, m: int | None = None, *, batch: int = 1, heads: int = 1) -> float:
         """Share of (query, key) pairs that are kept, between 0 and 1."""
@@ -144,8 +153,9 @@ class And(_Pair):
                 return other
         return None
 
-    def keep(self, n: int, m: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return self.left.keep(n, m, b, h, q, k) & self.right.keep(n, m, b, h, q, k)
+    def rule(self, n: int, m: int, device: torch.device) -> Rule:
+        left, right = self.left.rule(n, m, device), self.right.rule(n, m, device)
+        return lambda b, h, q, k: left(b, h, q, k) & right(b, h, q, k)
 
     def __str__(self) -> str:
         return f"{_wrapped(self.left)} & {_wrapped(self.right)}"
@@ -157,8 +167,9 @@ class And(_Pair):
 class Or(_Pair):
     """Pairs that either pattern keeps."""
 
-    def keep(self, n: int, m: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return self.left.keep(n, m, b, h, q, k) | self.right.keep(n, m, b, h, q, k)
+    def rule(self, n: int, m: int, device: torch.device) -> Rule:
+        left, right = self.left.rule(n, m, device), self.right.rule(n, m, device)
+        return lambda b, h, q, k: left(b, h, q, k) | right(b, h, q, k)
 
     def __str__(self) -> str:
         return f"{_wrapped(self.left)} | {_wrapped(self.right)}"
@@ -183,8 +194,9 @@ class Not(Pattern):
     def check(self, n: int, m: int) -> None:
         self.pattern.check(n, m)
 
-    def keep(self, n: int, m: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return ~self.pattern.keep(n, m, b, h, q, k)
+    def rule(self, n: int, m: int, device: torch.device) -> Rule:
+        keep = self.pattern.rule(n, m, device)
+        return lambda b, h, q, k: ~keep(b, h, q, k)
 
     def __str__(self) -> str:
         return f"~{_wrapped(self.pattern)}"
@@ -208,16 +220,11 @@ def _unrestricted(axis: Axis) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _BoxTable:
-    """An axis as look-up tables over token indices, on one device."""
+    """An axis as look-up tables over tokens, on one device."""
 
-    first: Tensor
-    last: Tensor
-    query_place: Tensor
-    key_place: Tensor
-    query_size: int
-    query_stride: int
-    key_size: int
-    key_stride: int
+    first: Tensor  # (n,)
+    last: Tensor  # (n,)
+    key_place: Tensor  # (m,)
 
 
 @lru_cache(maxsize=256)
@@ -226,20 +233,10 @@ def _box_tables(pattern: Pattern, n: int, m: int, device: torch.device) -> tuple
     if axes is None:
         return None
     tables = []
-    query_stride = key_stride = 1
+    q, k = torch.arange(n), torch.arange(m)
     for axis in reversed(axes):
-        tables.append(
-            _BoxTable(
-                axis.first.to(device),
-                axis.last.to(device),
-                axis.query_places().to(device),
-                axis.key_places().to(device),
-                axis.queries,
-                query_stride,
-                axis.keys,
-                key_stride,
-            )
-        )
-        query_stride *= axis.queries
-        key_stride *= axis.keys
+        place = axis.query_places()[q % axis.queries]
+        key_place = axis.key_places()[k % axis.keys]
+        tables.append(_BoxTable(axis.first[place].to(device), axis.last[place].to(device), key_place.to(device)))
+        q, k = q // axis.queries, k // axis.keys
     return tuple(reversed(tables))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heed.engine.axis import Axis
 from heed.engine.checks import per_axis, positive_ints
-from heed.engine.pattern import Pattern
+from heed.engine.pattern import Pattern, Rule
 
 __all__ = [
     "Blocks",
@@ -403,12 +403,12 @@ class Grouped(Pattern):
         pieces = tuple(torch.unique_consecutive(ranked, return_counts=True)[1].tolist())
         return (Axis(first, last, m, query_order, key_order, pieces=pieces),)
 
-    def keep(self, n: int, m: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        labels, keys = self.labels.to(q.device), self.keys.to(q.device)
+    def rule(self, n: int, m: int, device: torch.device) -> Rule:
+        labels, keys = self.labels.to(device), self.keys.to(device)
         if self.static:
-            return labels[q] == keys[k]
-        shape = labels.shape
-        return labels[b % shape[0], h % shape[1], q] == keys[b % keys.shape[0], h % keys.shape[1], k]
+            return lambda b, h, q, k: labels[q] == keys[k]
+        (qb, qh), (kb, kh) = labels.shape[:2], keys.shape[:2]
+        return lambda b, h, q, k: labels[b % qb, h % qh, q] == keys[b % kb, h % kh, k]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Grouped) and _equal(self.labels, other.labels) and _equal(self.keys, other.keys)
@@ -464,9 +464,11 @@ class Selected(Pattern):
         chosen = self.index.new_zeros((*self.index.shape[:3], -(-m // self.block[1]) + 1), dtype=torch.bool)
         return chosen.scatter_(3, self.index % chosen.shape[3], True)[..., :-1]  # -1 lands in the extra column
 
-    def keep(self, n: int, m: int, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        visited = self.block_map(m).to(q.device)
-        return visited[b % visited.shape[0], h % visited.shape[1], q // self.block[0], k // self.block[1]]
+    def rule(self, n: int, m: int, device: torch.device) -> Rule:
+        visited = self.block_map(m).to(device)
+        batch, heads = visited.shape[:2]
+        size, key_size = self.block
+        return lambda b, h, q, k: visited[b % batch, h % heads, q // size, k // key_size]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Selected) and self.block == other.block and _equal(self.index, other.index)
