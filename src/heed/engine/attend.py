@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +19,24 @@ from heed.engine.pattern import Pattern
 from heed.errors import unknown
 
 log = logging.getLogger("heed.engine")
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *,
+    bias: Bias | None = None, scale: float | Tensor | None = None, key_mask: Tensor | None = None,
+    dropout: float = 0.0, generator: torch.Generator | None = None,
+    return_weights: Literal[False] = False, return_lse: Literal[False] = False, backend: str = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *,
+    bias: Bias | None = None, scale: float | Tensor | None = None, key_mask: Tensor | None = None,
+    dropout: float = 0.0, generator: torch.Generator | None = None,
+    return_weights: bool = False, return_lse: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 
 
 def attend(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def box_plan(axes: tuple[Axis, ...], n: int, m: int) -> Plan:
     empty = any(bool((axis.last < axis.first).any()) for axis in axes)
     if len(axes) == 1:
         return Plan(n, m, tuple(g for part in _buckets(runs[0]) for g in _sequence_groups(part, n)), empty)
-    return Plan(n, m, (_grid_group(runs, n),), empty)
+    return Plan(n, m, _split(_grid_group(runs, n), n), empty)
 
 
 def _cheapest(axes: tuple[Axis, ...]) -> tuple[_Runs, ...]:
@@ -204,6 +204,28 @@ def _grid_group(runs: tuple[_Runs, ...], n: int) -> Tiles:
         offsets=tuple(offsets),
         rows=_consecutive(queries, n),
     )
+
+
+def _split(group: Tiles, n: int) -> tuple[Tiles, ...]:
+    """Tiles that share the commonest mask, and the others: one mask for a whole group costs nothing to apply."""
+    of_tile = group.mask_of[0, :, 0]
+    counts = torch.bincount(of_tile)
+    common = of_tile == counts.argmax()
+    if group.mask is None or common.all() or 4 * int(counts.max()) < group.tiles:
+        return (group,)
+    parts = []
+    for chosen in (common, ~common):
+        queries = group.queries[chosen]
+        parts.append(
+            replace(
+                group,
+                queries=queries,
+                keys=group.keys[:, chosen],
+                mask_of=group.mask_of[:, chosen],
+                rows=_consecutive(queries, n),
+            )
+        )
+    return tuple(parts)
 
 
 def _product(parts: list[Tensor], join) -> Tensor:  # noqa: ANN001 - a binary tensor function

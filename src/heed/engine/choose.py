@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import torch
+
+from heed.engine.backends import flex, sdpa
 from heed.engine.call import Call
+from heed.engine.patterns import Causal, Full
+from heed.engine.plan import plan_for
+
+# Below this many scores per head a dense mask costs less than cutting the tokens into tiles. Measured on CPUs.
+_SMALL = 1 << 16
+# Tiles pay off while they compute at most this share of all scores.
+_SHARE = {"cpu": 0.45}
+_GPU_SHARE = 0.3
 
 
 def choose(call: Call) -> tuple[str, str]:
     """(backend name, reason) for a call."""
     if call.weights:
         return "reference", "the weights are asked for"
-    return "reference", "first stone"
+    dense = sdpa.refuse(call)
+    if dense is None:
+        if isinstance(call.pattern, Full) or (call.pattern == Causal() and call.n == call.m):
+            return "sdpa", "the pattern is one that scaled_dot_product_attention knows"
+        if call.n * call.m <= _SMALL:
+            return "sdpa", f"{call.n} x {call.m} scores are few"
+    if call.pattern.static:
+        work = plan_for(call.pattern, call.n, call.m, call.q.device).work
+        share = _SHARE.get(call.q.device.type, _GPU_SHARE)
+        if dense is None and work > share:
+            return "sdpa", f"tiles would compute {work:.0%} of all scores, more than {share:.0%}"
+        if call.q.device.type == "cuda" and work <= share and flex.refuse(call) is None and _has_triton():
+            return "flex", f"a compiled kernel visits {work:.0%} of all scores"
+        return "tiled", f"tiles compute {work:.0%} of all scores"
+    return "tiled", "the pattern is chosen by content" if dense is None else f"sdpa: {dense}"
+
+
+def _has_triton() -> bool:
+    return torch.utils._triton.has_triton()

@@ -89,7 +89,7 @@ class ViT(Backbone):
         ]
         self.patch_embed = nn.Conv2d(config.in_chans, config.dim, config.patch_size, config.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, side, side, config.dim))
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, (side, side), rate) for rate in rates)
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.head = self.classifier(config.num_classes)

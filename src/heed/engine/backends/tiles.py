@@ -6,8 +6,9 @@ For every tile, with the table holding mask and bias:
     dV = P^T dO      dP = dO V^T     dS = P * (dP - sum(dP * P) + dL)      dQ = scale * dS K      dK = scale * dS^T Q
 
 where dL is the gradient of the logsumexp. Tiles are worked off in chunks that fit the cache, and the backward pass
-computes the scores again instead of keeping them, so memory stays linear in the tokens. Matrix products run on plain
-tensors, so the same code serves any device. Keys of a band are read in place through a strided view; others are gathered.
+computes the scores again instead of keeping them, so memory stays linear in the tokens. All of it is batched products of
+plain tensors, so the same code serves any device; forward, PyTorch's fused attention takes a chunk at once where nothing
+but the output is wanted. Keys of a band are read in place through a strided view; others are gathered.
 
 It is a custom operator so that torch.compile takes it as one node.
 """
@@ -18,13 +19,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from heed.engine.plan import Plan, Tiles
 
-# Scores per chunk: 2 MB of float32 stay in a core's cache; a GPU wants larger batches.
+# Scores per chunk. On a CPU 2 MB of float32 stay in a core's cache, and fused attention, which never holds the scores,
+# is bound only by the gathered keys; a GPU wants larger batches.
 _CHUNK = {"cpu": 1 << 19}
+_FUSED_CHUNK = {"cpu": 1 << 21}
 _LARGE_CHUNK = 1 << 25
 # Rows up to this width are added by scatter_add (vectorised over rows), wider ones by index_add (over columns).
 _NARROW = 1024
@@ -85,17 +89,25 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     work = _Work(q, k, v, tables, key_bias, scale, dropout, seed, empty)
     n = q.shape[1]
-    # One row more than there are queries: the padding of tiles is written there.
-    out = v.new_empty(q.shape[0], n + 1, v.shape[2])
-    sums = torch.empty(q.shape[0], n + 1 if lse else 0, dtype=work.precision, device=q.device)
-    for chunk in _chunks(index, layout, tables, q):
-        queries, keys = work.queries(chunk), work.keys(chunk, k)
-        scores = work.scores(chunk, queries, keys)
+    rows = _written_rows(index, n)
+    out = v.new_empty(q.shape[0], rows, v.shape[2])
+    sums = torch.empty(q.shape[0], rows if lse else 0, dtype=work.precision, device=q.device)
+    fused = work.fused and not lse
+    for chunk in _chunks(index, layout, tables, q, fused):
+        if fused:
+            chunk.put(out, work.mixed(chunk))
+            continue
+        scores = work.scores(chunk, work.queries(chunk), work.keys(chunk, k))
         weights = work.dropped(chunk, work.weights(scores))
         chunk.put(out, torch.bmm(weights, work.keys(chunk, v)))
         if lse:
             chunk.put(sums, torch.logsumexp(scores, -1, keepdim=True))
     return out[:, :n].contiguous(), sums[:, :n].float().contiguous() if lse else sums.float()
+
+
+def _written_rows(index: list[Tensor], n: int) -> int:
+    """Rows of an output: one more than there are queries where tiles are padded, to take what padding writes."""
+    return n + max(int((queries == n).any()) for queries in index[::3])
 
 
 @_attention.register_fake
@@ -137,10 +149,10 @@ def _attention_backward(
     work = _Work(q, k, v, tables, key_bias, scale, dropout, seed, empty)
     acc = {"dtype": work.precision, "device": q.device}
     n = q.shape[1]
-    dq = torch.empty(q.shape[0], n + 1, q.shape[2], **acc)
+    dq = torch.empty(q.shape[0], _written_rows(index, n), q.shape[2], **acc)
     dk, dv = torch.zeros(k.shape, **acc), torch.zeros(v.shape, **acc)
     dtables = [torch.zeros(table.shape if tables_too else (0,), **acc) for table in tables]
-    for chunk in _chunks(index, layout, tables, q):
+    for chunk in _chunks(index, layout, tables, q, fused=False):
         queries, keys, values = work.queries(chunk), work.keys(chunk, k), work.keys(chunk, v)
         weights = work.weights(work.scores(chunk, queries, keys))
         dout = chunk.take(grad).to(work.precision)
@@ -241,6 +253,22 @@ class _Work:
         """Query heads per key head."""
         return self.q.shape[0] // self.k.shape[0]
 
+    @property
+    def fused(self) -> bool:
+        """Whether PyTorch's fused attention can do the forward pass; queries without keys it treats well on CPUs only."""
+        return self.dropout == 0 and self.key_bias is None and (self.q.device.type == "cpu" or not self.empty)
+
+    def mixed(self, chunk: _Chunk) -> Tensor:
+        """(c, tq, Dv) the output of the chunk, fused."""
+        table = chunk.take_table(self.tables[chunk.group])
+        return F.scaled_dot_product_attention(
+            chunk.take(self.q)[None],
+            chunk.take_keys(self.k, self.group_size)[None],
+            chunk.take_keys(self.v, self.group_size)[None],
+            attn_mask=None if table is None else table[None].to(self.q.dtype),
+            scale=self.scale,
+        )[0]
+
     def queries(self, chunk: _Chunk) -> Tensor:
         return chunk.take(self.q).to(self.precision)
 
@@ -253,7 +281,7 @@ class _Work:
         if table is None:
             scores = torch.bmm(queries * self.scale, keys.mT)
         else:
-            scores = table.to(self.precision).baddbmm_(queries, keys.mT, alpha=self.scale)
+            scores = torch.baddbmm(table.to(self.precision), queries, keys.mT, alpha=self.scale)
         if self.key_bias is not None:
             scores += chunk.take_key_bias(self.key_bias, self.q.shape[0] // self.key_bias.shape[0])[:, None, :]
         return scores
@@ -273,10 +301,12 @@ class _Work:
         return weights * kept / (1 - self.dropout)
 
 
-def _chunks(index: list[Tensor], layout: list[int], tables: list[Tensor], q: Tensor) -> Iterator[_Chunk]:
+def _chunks(
+    index: list[Tensor], layout: list[int], tables: list[Tensor], q: Tensor, fused: bool
+) -> Iterator[_Chunk]:
     """All tiles of all groups: a stretch of tiles of one head, or all tiles of a few heads when they are few."""
     heads = q.shape[0]
-    budget = _CHUNK.get(q.device.type, _LARGE_CHUNK)
+    budget = (_FUSED_CHUNK if fused else _CHUNK).get(q.device.type, _LARGE_CHUNK)
     number = 0
     for group in range(len(tables)):
         queries, keys, table_of = index[3 * group : 3 * group + 3]
@@ -294,10 +324,11 @@ def _chunks(index: list[Tensor], layout: list[int], tables: list[Tensor], q: Ten
         per_head = min(size, tiles.tiles)
         together = max(1, size // tiles.tiles)
         padded = tiles.rows is None and bool((queries == q.shape[1]).any())
+        one_table = tables[group].numel() > 0 and table_of.shape[2] == 1 and bool((table_of == table_of[0, 0]).all())
         for h in range(0, heads, together):
             for t in range(0, tiles.tiles, per_head):
                 last_tile = min(t + per_head, tiles.tiles)
-                yield _Chunk(group, number, tiles, h, min(h + together, heads), t, last_tile, padded, q.shape[1])
+                yield _Chunk(group, number, tiles, h, min(h + together, heads), t, last_tile, padded, one_table, q.shape[1])
                 number += 1
 
 
@@ -313,6 +344,7 @@ class _Chunk:
     t0: int
     t1: int
     padded: bool
+    one_table: bool
     n: int
 
     @property
@@ -405,6 +437,9 @@ class _Chunk:
         """What is added to the chunk's scores (c, tq, width); None when nothing is."""
         if table.numel() == 0:
             return None
+        if self.one_table and (table.shape[0] == 1 or self.h1 - self.h0 == 1):
+            shared = table[self.h0 % table.shape[0], self.tiles.mask_of[0, 0, 0]]
+            return shared.expand((self.h1 - self.h0) * (self.t1 - self.t0), -1, -1)
         chosen = table.flatten(0, 1).index_select(0, self._tables(table))
         slots = self.tiles.mask_of.shape[2]
         if slots == 1:
