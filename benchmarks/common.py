@@ -60,7 +60,9 @@ def machine() -> dict[str, object]:
     }
 
 
-def report(title: str, columns: list[str], rows: list[list[object]], path: Path | None, extra: dict | None = None) -> None:
+def report(
+    title: str, columns: list[str], rows: list[list[object]], path: Path | None, extra: dict | None = None
+) -> None:
     """Print a table and, with a path, write it as JSON together with the machine."""
     described = machine()
     table = Table(title=title, caption=" · ".join(f"{key} {value}" for key, value in described.items()))

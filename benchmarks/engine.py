@@ -1,6 +1,6 @@
 """The engine against dense attention: every figure is a ratio of medians measured in turns in one run.
 
-    python benchmarks/engine.py [--threads 2] [--repeats 7] [--out docs/benchmarks/engine.json] [--only window,...]
+python benchmarks/engine.py [--threads 2] [--repeats 7] [--out docs/benchmarks/engine.json] [--only window,...]
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, report
 from torch import Tensor
 
 import heed
+from common import interleaved, report
 from heed.engine.pattern import Pattern
 from heed.engine.patterns import Causal, Neighborhood, Selected, Window
 from heed.engine.plan import _static_plan, plan_for
@@ -99,7 +99,15 @@ def growth(repeats: int) -> list[object]:
 def memory() -> list[object]:
     """Peak extra memory over q, k, v and out at 65,536 tokens, in units of their bytes, in a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--memory"], capture_output=True, text=True, check=True)
-    return ["peak extra memory / (q, k, v, out), Window(128), 65,536", math.nan, math.nan, float(done.stdout), 3.0, 1.0, math.nan]
+    return [
+        "peak extra memory / (q, k, v, out), Window(128), 65,536",
+        math.nan,
+        math.nan,
+        float(done.stdout),
+        3.0,
+        1.0,
+        math.nan,
+    ]
 
 
 def measure_memory() -> float:
@@ -163,7 +171,9 @@ def main() -> None:
         "flex: Causal() & Window(256), 16,384": lambda _: against_flex(
             "Causal() & Window(256), 16,384", Causal() & Window(256), long, r
         ),
-        "flex: Neighborhood 7x7 on 56x56": lambda _: against_flex("Neighborhood 7x7 on 56x56", near, (2, 2, 3136, 32), r),
+        "flex: Neighborhood 7x7 on 56x56": lambda _: against_flex(
+            "Neighborhood 7x7 on 56x56", near, (2, 2, 3136, 32), r
+        ),
         "flex: Selected 10 %, 16,384": lambda _: against_flex("Selected 10 % of blocks, 16,384", blocks, long, r),
     }
     wanted = [part for part in args.only.split(",") if part]

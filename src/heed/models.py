@@ -42,7 +42,6 @@ class HeedModel(nn.Module, PyTorchModelHubMixin, library_name="heed"):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self._hub_mixin_config = self._describe()
 
     def _describe(self) -> dict[str, Any]:
         """What config.json says; "architecture" and "num_classes" are what timm reads."""
@@ -55,6 +54,7 @@ class HeedModel(nn.Module, PyTorchModelHubMixin, library_name="heed"):
         return described
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        self._hub_mixin_config = self._describe()  # as the model is now: its classifier may have been exchanged
         write_weights(self, save_directory / _WEIGHTS)
 
     @classmethod
@@ -64,7 +64,7 @@ class HeedModel(nn.Module, PyTorchModelHubMixin, library_name="heed"):
         model_id: str,
         config: dict[str, Any] | None = None,
         map_location: str = "cpu",
-        strict: bool = True,  # noqa: ARG003 - the mixin's argument; loading is always strict
+        strict: bool = True,
         **hub: Any,
     ) -> Self:
         if config is None:
@@ -77,6 +77,8 @@ class HeedModel(nn.Module, PyTorchModelHubMixin, library_name="heed"):
         folder = Path(model_id)
         path = folder / _WEIGHTS if folder.is_dir() else Path(hf_hub_download(model_id, _WEIGHTS, **hub))
         load_weights(model, read_weights(path), str(path))
+        if "pretrained_cfg" in config:
+            model.pretrained_cfg = config["pretrained_cfg"]
         return model.to(map_location).eval()
 
     @classmethod

@@ -43,4 +43,4 @@ def photograph(height: int, width: int) -> np.ndarray:
         from skimage import data, transform
     except ImportError as error:
         raise MissingExtra("scikit-image", "compare") from error
-    return transform.resize(data.chelsea(), (height, width), anti_aliasing=True).astype(np.float32)
+    return np.asarray(transform.resize(data.chelsea(), (height, width), anti_aliasing=True), dtype=np.float32)

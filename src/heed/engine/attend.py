@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from heed.engine.backends import NAMES, backend
+from heed.engine.backends import BACKENDS
 from heed.engine.bias import Bias, RelativeBias, RelativeLogits
 from heed.engine.call import Call, Result
 from heed.engine.choose import choose
@@ -46,7 +46,7 @@ def attend(
     pattern: Pattern,
     *,
     bias: Bias | None = None,
-    scale: float | Float[Tensor, "..."] | None = None,
+    scale: float | Float[Tensor, ...] | None = None,
     key_mask: Bool[Tensor, "B M"] | None = None,
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
@@ -91,9 +91,9 @@ def _run(call: Call, name: str) -> Result:
     if name == "auto":
         name, reason = choose(call)
         log.debug("%s for %s on %s tokens: %s", name, call.pattern, call.n, reason)
-    elif name not in NAMES:
-        raise ValueError(unknown("backend", name, (*NAMES, "auto")))
-    chosen = backend(name)
+    elif name not in BACKENDS:
+        raise ValueError(unknown("backend", name, (*BACKENDS, "auto")))
+    chosen = BACKENDS[name]
     refusal = chosen.refuse(call)
     if refusal is not None:
         raise ValueError(f"backend {name!r} cannot run this call: {refusal}")
@@ -144,13 +144,14 @@ def _checked(
     elif bias is not None and not isinstance(bias, RelativeBias | RelativeLogits):
         raise TypeError(f"bias must be a tensor, RelativeBias or RelativeLogits, not {bias!r}")
     if isinstance(scale, Tensor):
-        q, scale = q * scale, 1.0
+        q, factor = q * scale, 1.0
         if q.shape != (batch, heads, n, width):
             raise ValueError(f"scale must broadcast to {(batch, heads, n, 1)}; it makes q {tuple(q.shape)}")
-    scale = width**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    else:
+        factor = width**-0.5 if scale is None else float(scale)
+    if not math.isfinite(factor):
         raise ValueError(f"scale={scale} must be finite")
-    return Call(q, k, v, pattern, bias, scale, key_mask, dropout, generator, weights, lse)
+    return Call(q, k, v, pattern, bias, factor, key_mask, dropout, generator, weights, lse)
 
 
 def _check_bias(bias: Tensor, shape: tuple[int, int, int, int]) -> None:

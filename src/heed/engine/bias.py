@@ -38,7 +38,9 @@ class RelativeBias:
             (offset + entries // 2).clamp(0, entries - 1)
             for offset, entries in zip(offsets, self.table.shape[1:], strict=True)
         ]
-        return self.table[(slice(None), *places)]
+        # In float32, since the gradient of an entry is a sum over all pairs at its offset.
+        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
+        return table[(slice(None), *places)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,9 @@ def axes_for(bias: RelativeBias | RelativeLogits, pattern: Pattern, n: int, m: i
     """The pattern's axes, checked against the bias."""
     axes = pattern.axes(n, m)
     if axes is None:
-        raise ValueError(f"{type(bias).__name__} needs a pattern with axes; {pattern} has none, pass a dense tensor instead")
+        raise ValueError(
+            f"{type(bias).__name__} needs a pattern with axes; {pattern} has none, pass a dense tensor instead"
+        )
     bias.check(len(axes))
     return axes
 

@@ -228,7 +228,7 @@ def _split(group: Tiles, n: int) -> tuple[Tiles, ...]:
     return tuple(parts)
 
 
-def _product(parts: list[Tensor], join) -> Tensor:  # noqa: ANN001 - a binary tensor function
+def _product(parts: list[Tensor], join) -> Tensor:
     """Outer combination of per-axis tables (U_a, size_a, width_a) into (prod U, prod size, prod width)."""
     rank = len(parts)
     total = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch.utils._triton import has_triton
 
 from heed.engine.backends import flex, sdpa
 from heed.engine.call import Call
@@ -31,11 +31,7 @@ def choose(call: Call) -> tuple[str, str]:
         share = _SHARE.get(call.q.device.type, _GPU_SHARE)
         if dense is None and work > share:
             return "sdpa", f"tiles would compute {work:.0%} of all scores, more than {share:.0%}"
-        if call.q.device.type == "cuda" and work <= share and flex.refuse(call) is None and _has_triton():
+        if call.q.device.type == "cuda" and work <= share and flex.refuse(call) is None and has_triton():
             return "flex", f"a compiled kernel visits {work:.0%} of all scores"
         return "tiled", f"tiles compute {work:.0%} of all scores"
     return "tiled", "the pattern is chosen by content" if dense is None else f"sdpa: {dense}"
-
-
-def _has_triton() -> bool:
-    return torch.utils._triton.has_triton()

@@ -56,7 +56,7 @@ class Pattern:
         if boxes is None:
             raise NotImplementedError(f"{type(self).__name__} must define axes() or rule()")
 
-        def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # noqa: ARG001 - the same for all heads
+        def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             kept: Tensor | None = None
             for box in boxes:
                 key = box.key_place[k]

@@ -81,14 +81,13 @@ class Window(Pattern):
     """
 
     left: int
-    right: int | None = None
+    right: int
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "right", self.left if self.right is None else self.right)
-        for name in ("left", "right"):
-            reach = getattr(self, name)
-            if not isinstance(reach, int) or reach < 0:
+    def __init__(self, left: int, right: int | None = None) -> None:
+        for name, reach in (("left", left), ("right", left if right is None else right)):
+            if isinstance(reach, bool) or not isinstance(reach, int) or reach < 0:
                 raise ValueError(f"Window: {name}={reach!r} must be an integer >= 0")
+            object.__setattr__(self, name, reach)
 
     def axes(self, n: int, m: int) -> tuple[Axis, ...]:
         i = torch.arange(n)
@@ -155,7 +154,11 @@ class Neighborhood(Pattern):
 
 
 def _neighborhood_axis(size: int, kernel: int, dilation: int, stride: int, causal: bool) -> Axis:
-    order = torch.arange(size).view(-1) if dilation == 1 else torch.cat([torch.arange(g, size, dilation) for g in range(dilation)])
+    order = (
+        torch.arange(size).view(-1)
+        if dilation == 1
+        else torch.cat([torch.arange(g, size, dilation) for g in range(dilation)])
+    )
     group = order % dilation
     x = order // dilation  # index inside the dilation group
     n = size // dilation + (group < size % dilation).long()  # length of that group
@@ -309,7 +312,15 @@ class Dilated(Pattern):
         last_in_group = torch.minimum(queries.index + self.reach, queries.length_in(keys) - 1)
         last_key = queries.start_in(keys) + last_in_group
         return (
-            Axis(first_key, last_key, m, queries.order, keys.order, queries.start_in(keys) + queries.index, queries.pieces),
+            Axis(
+                first_key,
+                last_key,
+                m,
+                queries.order,
+                keys.order,
+                queries.start_in(keys) + queries.index,
+                queries.pieces,
+            ),
         )
 
 
@@ -373,7 +384,9 @@ class Grouped(Pattern):
             if labels is None and name == "key_labels":
                 continue
             if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim not in (1, 3):
-                raise ValueError(f"Grouped: {name} must be an integer tensor of shape (N,) or (B, H, N), not {_kind(labels)}")
+                raise ValueError(
+                    f"Grouped: {name} must be an integer tensor of shape (N,) or (B, H, N), not {_kind(labels)}"
+                )
         if self.key_labels is not None and self.key_labels.ndim != self.labels.ndim:
             raise ValueError("Grouped: labels and key_labels must both be shared (N,) or both per head (B, H, N)")
 
@@ -435,7 +448,9 @@ class Selected(Pattern):
 
     def __post_init__(self) -> None:
         if not isinstance(self.index, Tensor) or self.index.is_floating_point() or self.index.ndim != 4:
-            raise ValueError(f"Selected: index must be an integer tensor (B, H, query blocks, slots), not {_kind(self.index)}")
+            raise ValueError(
+                f"Selected: index must be an integer tensor (B, H, query blocks, slots), not {_kind(self.index)}"
+            )
         object.__setattr__(self, "block", per_axis("block", self.block, 2))
 
     @property

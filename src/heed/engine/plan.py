@@ -9,6 +9,7 @@ Patterns with axes get their plan from `boxes`, all others (compositions, chosen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -84,13 +85,20 @@ class Plan:
         return sum(g.tiles * g.tile * g.width for g in self.groups) / (self.n * self.m)
 
 
-def plan_for(pattern: Pattern, n: int, m: int, device: torch.device, batch: int = 1, heads: int = 1) -> Plan:
+def _plan_for(pattern: Pattern, n: int, m: int, device: torch.device, batch: int = 1, heads: int = 1) -> Plan:
     """The plan of a pattern for n queries and m keys; static patterns get theirs once and keep it."""
     from heed.engine.blocks import block_plan
 
     if pattern.static:
         return _static_plan(pattern, n, m, device)
     return block_plan(pattern, n, m, device, batch, heads)
+
+
+# A plan depends on values, which a traced graph does not have.
+plan_for: Callable[..., Plan] = torch.compiler.disable(  # type: ignore[assignment] - it returns what it is given
+    _plan_for,
+    reason="the tiled backend splits the graph where it makes its plan; with fullgraph=True use backend='sdpa'",
+)
 
 
 @lru_cache(maxsize=256)

@@ -1,7 +1,7 @@
 """Multi-head self-attention under a pattern: one projection to q, k, v, the engine, one projection back.
 
-    q, k, v = x W_qkv        (B, heads, N, head_dim) each; columns ordered [q, k, v][head][channel]
-    y = softmax(scale * q k^T + bias, over the pattern's keys) v W_proj
+q, k, v = x W_qkv        (B, heads, N, head_dim) each; columns ordered [q, k, v][head][channel]
+y = softmax(scale * q k^T + bias, over the pattern's keys) v W_proj
 """
 
 from __future__ import annotations
@@ -78,5 +78,5 @@ class PatternAttention(nn.Module):
 
 
 @layers.register("softmax")
-def _softmax(dim: int, num_heads: int, grid: tuple[int, int], **options: object) -> nn.Module:  # noqa: ARG001
+def _softmax(dim: int, num_heads: int, grid: tuple[int, int], **options: object) -> nn.Module:
     return PatternAttention(dim, num_heads, **options)  # type: ignore[arg-type]

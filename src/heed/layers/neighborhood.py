@@ -49,9 +49,7 @@ class NeighborhoodAttention(PatternAttention):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
-        super().__init__(
-            dim, num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop, proj_drop=proj_drop
-        )
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop, proj_drop=proj_drop)
         self.kernel_size = per_axis("kernel_size", kernel_size, self.rank, least=2)
         self.dilation = per_axis("dilation", dilation, self.rank)
         self.stride = per_axis("stride", stride, self.rank)
@@ -67,7 +65,9 @@ class NeighborhoodAttention(PatternAttention):
 
     def pattern(self, layout: tuple[int, ...]) -> Pattern:
         if len(layout) != self.rank:
-            raise ValueError(f"{type(self).__name__} takes {self.rank} axes of tokens, the input has {len(layout)}: {layout}")
+            raise ValueError(
+                f"{type(self).__name__} takes {self.rank} axes of tokens, the input has {len(layout)}: {layout}"
+            )
         return Neighborhood(layout, self.kernel_size, self.dilation, self.stride, self.is_causal)
 
     def bias(self) -> Bias | None:

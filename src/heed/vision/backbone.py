@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from heed.models import HeedModel
@@ -14,7 +16,12 @@ class Backbone(HeedModel):
 
     A subclass sets `num_classes`, `num_features`, `feature_info` (one dict per stage with num_chs, reduction, module),
     creates its classifier as `self.head = self.classifier(num_classes)`, and implements `stage_maps`.
+
+    Who trains a model on images normalised otherwise than `describe_input` says sets `model.pretrained_cfg` to a dict
+    with the "mean" and "std" per channel; both are saved with the model and there again when it is loaded.
     """
+
+    pretrained_cfg: dict[str, Any]
 
     num_classes: int
     num_features: int
@@ -58,6 +65,32 @@ class Backbone(HeedModel):
             raise ValueError(f"global_pool={global_pool!r}: {type(self).__name__} pools by average only")
         self.num_classes = num_classes
         self.head = self.classifier(num_classes)
+        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+
+    @property
+    def first_conv(self) -> str | None:
+        """Name of the convolution that reads the image, which timm adapts to another number of channels."""
+        return next((name for name, module in self.named_modules() if isinstance(module, nn.Conv2d)), None)
+
+    @classmethod
+    def describe_input(cls, config: Any) -> dict[str, Any]:
+        """timm's `pretrained_cfg` of a configuration: the images that the model takes, and where its classifier is."""
+        channels, side = getattr(config, "in_chans", 3), getattr(config, "img_size", None)
+        colour = channels == 3
+        return {
+            "input_size": (channels, side or 224, side or 224),
+            "fixed_input_size": side is not None,
+            "mean": IMAGENET_DEFAULT_MEAN if colour else (0.5,) * channels,
+            "std": IMAGENET_DEFAULT_STD if colour else (0.5,) * channels,
+            "num_classes": config.num_classes,
+            "classifier": "head",
+        }
+
+    def _describe(self) -> dict[str, Any]:
+        own = getattr(self, "pretrained_cfg", {})
+        normalisation = {key: own[key] for key in ("mean", "std") if key in own}
+        images = self.describe_input(self.config) | normalisation | {"first_conv": self.first_conv}
+        return super()._describe() | {"num_features": self.num_features, "pretrained_cfg": images}
 
     def forward_intermediates(
         self,
@@ -85,12 +118,10 @@ class Backbone(HeedModel):
         maps = self.stage_maps(x)
         count = len(maps)
         if indices is None:
-            indices = range(count)  # type: ignore[assignment]
-        elif isinstance(indices, int):
-            indices = range(count - indices, count)  # type: ignore[assignment]
-        assert indices is not None and not isinstance(indices, int)
-        for index in indices:
-            if not -count <= index < count:
-                raise ValueError(f"stage {index} does not exist; {type(self).__name__} has {count}")
-        chosen = [maps[index] for index in indices]
+            indices = count
+        stages = range(count - indices, count) if isinstance(indices, int) else indices
+        for index in stages:
+            if not -count <= index < count or (isinstance(indices, int) and index < 0):
+                raise ValueError(f"indices={indices}: {type(self).__name__} has {count} stages")
+        chosen = [maps[index] for index in stages]
         return chosen if intermediates_only else (self.finish(maps[-1]), chosen)

@@ -85,7 +85,8 @@ class ViT(Backbone):
         self.num_classes = config.num_classes
         self.num_features = config.dim
         self.feature_info = [
-            {"num_chs": config.dim, "reduction": config.patch_size, "module": f"blocks.{i}"} for i in range(config.depth)
+            {"num_chs": config.dim, "reduction": config.patch_size, "module": f"blocks.{i}"}
+            for i in range(config.depth)
         ]
         self.patch_embed = nn.Conv2d(config.in_chans, config.dim, config.patch_size, config.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, side, side, config.dim))
@@ -112,7 +113,9 @@ class ViT(Backbone):
 
 register_models(
     ViT,
-    vit_micro=ViTConfig(img_size=8, patch_size=1, in_chans=1, num_classes=10, dim=64, depth=4, num_heads=4, mlp_ratio=2.0),
+    vit_micro=ViTConfig(
+        img_size=8, patch_size=1, in_chans=1, num_classes=10, dim=64, depth=4, num_heads=4, mlp_ratio=2.0
+    ),
     vit_tiny=ViTConfig(),
     vit_small=ViTConfig(dim=384, num_heads=6),
     vit_base=ViTConfig(dim=768, num_heads=12),

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from heed.catalogue import provides
 from heed.engine.bias import Bias, RelativeBias, axes_for, token_offsets
 from heed.engine.blocks import block_bounds
 from heed.engine.call import Call, Result
-from heed.engine.pattern import Pattern
+from heed.engine.pattern import Pattern, Rule
 
 _BLOCK = 128
 
@@ -37,7 +38,7 @@ def run(call: Call) -> Result:
     if call.pattern.static and call.key_mask is None:
         mask = _static_mask(call.pattern, call.n, call.m, device)
     else:
-        mask = _block_mask(call.pattern, call.n, call.m, device, call.q.shape[0], call.q.shape[1], call.key_mask)
+        mask = block_mask(call.pattern, call.n, call.m, device, call.q.shape[0], call.q.shape[1], call.key_mask)
     options: dict[str, Any] = {"scale": call.scale, "enable_gqa": call.groups > 1}
     if call.bias is not None:
         options["score_mod"] = _score_mod(call.bias, call)
@@ -51,28 +52,51 @@ def _compiled() -> Callable[..., Tensor]:
 
 @lru_cache(maxsize=64)
 def _static_mask(pattern: Pattern, n: int, m: int, device: torch.device) -> BlockMask:
-    return _block_mask(pattern, n, m, device, 1, 1, None)
+    return block_mask(pattern, n, m, device)
 
 
-def _block_mask(
-    pattern: Pattern, n: int, m: int, device: torch.device, batch: int, heads: int, key_mask: Tensor | None
+@provides("13-fna")
+def block_mask(
+    pattern: Pattern,
+    n: int,
+    m: int | None = None,
+    device: torch.device | str = "cpu",
+    batch: int = 1,
+    heads: int = 1,
+    key_mask: Tensor | None = None,
 ) -> BlockMask:
+    """A pattern as the BlockMask that `torch.nn.attention.flex_attention` takes, with blocks of 128 tokens.
+
+    Args:
+        pattern: any of `heed.patterns`.
+        n: queries.
+        m: keys, default n.
+        device: where the mask is used.
+        batch, heads: sizes for patterns chosen per batch element and head; static patterns broadcast.
+        key_mask: (batch, m) bool, False where a key is padding.
+
+    Raises:
+        ValueError: n or m do not fit the pattern.
+    """
+    m = n if m is None else m
+    device = torch.device(device)
+    pattern.check(n, m)
     some, every = block_bounds(pattern, n, m, _BLOCK, _BLOCK, device, batch, heads)
     if m % _BLOCK:
         every = every.clone()
         every[..., -1] = False
-    keep = pattern.rule(n, m, device)
+    rule = pattern.rule(n, m, device)
     if key_mask is not None:
         every = torch.zeros_like(every)
-
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return keep(b, h, q, k) & key_mask[b, k]
-    else:
-        visible = keep
+        rule = _masked(rule, key_mask)
     partial, full = some & ~every, every
     return BlockMask.from_kv_blocks(
-        *_listed(partial), *_listed(full), BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=(n, m)
+        *_listed(partial), *_listed(full), BLOCK_SIZE=_BLOCK, mask_mod=rule, seq_lengths=(n, m)
     )
+
+
+def _masked(rule: Rule, key_mask: Tensor) -> Rule:
+    return lambda b, h, q, k: rule(b, h, q, k) & key_mask[b, k]
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +113,7 @@ def _score_mod(bias: Bias, call: Call) -> Callable[..., Tensor]:
     if isinstance(bias, RelativeBias):
         table = bias.table.expand(call.q.shape[1], *bias.table.shape[1:])
 
-        def relative(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # noqa: ARG001
+        def relative(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             places = [
                 (place[k] - anchor[q] + entries // 2).clamp(0, entries - 1)
                 for (anchor, place), entries in zip(tables, table.shape[1:], strict=True)

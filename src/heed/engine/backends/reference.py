@@ -8,7 +8,7 @@ from heed.engine.bias import dense_bias
 from heed.engine.call import Call, Result
 
 
-def refuse(call: Call) -> str | None:  # noqa: ARG001 - the specification runs everything
+def refuse(call: Call) -> str | None:
     return None
 
 

@@ -193,7 +193,7 @@ def _(
     return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *dtables]
 
 
-def _save(ctx, inputs, output) -> None:  # noqa: ANN001, ARG001 - torch.library's signature
+def _save(ctx, inputs, output) -> None:
     q, k, v, tables, index, layout, key_bias, scale, dropout, seed, lse, empty = inputs
     ctx.save_for_backward(q, k, v, *tables, *index, *([] if key_bias is None else [key_bias]))
     ctx.counts = (len(tables), len(index))
@@ -202,7 +202,7 @@ def _save(ctx, inputs, output) -> None:  # noqa: ANN001, ARG001 - torch.library'
     ctx.tables_too = any(table.requires_grad for table in tables)
 
 
-def _backward(ctx, grad: Tensor, grad_lse: Tensor | None):  # noqa: ANN001, ANN202 - torch.library's signature
+def _backward(ctx, grad: Tensor, grad_lse: Tensor | None):
     q, k, v, *rest = ctx.saved_tensors
     n_tables, n_index = ctx.counts
     tables, index, key_bias = rest[:n_tables], rest[n_tables : n_tables + n_index], rest[n_tables + n_index :]
@@ -301,9 +301,7 @@ class _Work:
         return weights * kept / (1 - self.dropout)
 
 
-def _chunks(
-    index: list[Tensor], layout: list[int], tables: list[Tensor], q: Tensor, fused: bool
-) -> Iterator[_Chunk]:
+def _chunks(index: list[Tensor], layout: list[int], tables: list[Tensor], q: Tensor, fused: bool) -> Iterator[_Chunk]:
     """All tiles of all groups: a stretch of tiles of one head, or all tiles of a few heads when they are few."""
     heads = q.shape[0]
     budget = (_FUSED_CHUNK if fused else _CHUNK).get(q.device.type, _LARGE_CHUNK)
@@ -328,7 +326,9 @@ def _chunks(
         for h in range(0, heads, together):
             for t in range(0, tiles.tiles, per_head):
                 last_tile = min(t + per_head, tiles.tiles)
-                yield _Chunk(group, number, tiles, h, min(h + together, heads), t, last_tile, padded, one_table, q.shape[1])
+                yield _Chunk(
+                    group, number, tiles, h, min(h + together, heads), t, last_tile, padded, one_table, q.shape[1]
+                )
                 number += 1
 
 
@@ -462,8 +462,8 @@ class _Chunk:
 
 @register_flop_formula(torch.ops.heed.tiled_attention)
 def _flops(
-    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], tables, index: list[tuple[int, ...]], layout: list[int],  # noqa: ANN001, ARG001
-    *args: object, **kwargs: object,  # noqa: ARG001
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], tables, index: list[tuple[int, ...]], layout: list[int],
+    *args: object, **kwargs: object,
 ) -> int:  # fmt: skip
     """2 x multiply-adds of the scores that are computed and of mixing the values."""
     pairs = _pairs(index, layout)
@@ -472,8 +472,8 @@ def _flops(
 
 @register_flop_formula(torch.ops.heed.tiled_attention_backward)
 def _backward_flops(
-    grad: tuple[int, ...], grad_lse, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], tables,  # noqa: ANN001, ARG001
-    index: list[tuple[int, ...]], layout: list[int], *args: object, **kwargs: object,  # noqa: ARG001
+    grad: tuple[int, ...], grad_lse, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], tables,
+    index: list[tuple[int, ...]], layout: list[int], *args: object, **kwargs: object,
 ) -> int:  # fmt: skip
     """Scores again, then dQ and dK (width D each), dP and dV (width Dv each)."""
     pairs = _pairs(index, layout)
