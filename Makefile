@@ -19,7 +19,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.compare
 
 compare: $(VENV)/.compare  ## compare four attention layers on scikit-learn's digits
-	$(BIN)/heed compare classify --methods softmax,neighborhood,hilo,halo --seeds 3 --out runs/digits
+	$(BIN)/heed compare classify --methods softmax,neighborhood,hilo,halo --seeds 3 --jobs 2 --out runs/digits
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n $(JOBS) -m "not slow"

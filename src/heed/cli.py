@@ -125,7 +125,7 @@ def classify(
     host: Annotated[str, typer.Option(help="The vision transformer that layers are put into.")] = "vit_micro",
     image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
     augment: Annotated[str, typer.Option(help="none, shift or flip.")] = "shift",
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak of the one-cycle schedule.")] = 3e-3,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.05,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",

@@ -352,3 +352,15 @@ def test_bad_input_is_named(change: dict, error: type[Exception], words: str) ->
     arguments: dict = {name: torch.randn(1, 2, 10, 8) for name in "qkv"} | {"pattern": Window(2)} | change
     with pytest.raises(error, match=words):
         heed.attend(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "sdpa"])
+def test_exporting_leaves_nothing_fake_behind(backend: str) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return heed.attend(x, x, x, Neighborhood((9, 11), 3), backend=backend)
+
+    x = torch.randn(1, 2, 99, 8)
+    exported = torch.export.export(Layer(), (x,))
+    torch.testing.assert_close(Layer()(x), heed.attend(x, x, x, Neighborhood((9, 11), 3), backend="reference"))
+    torch.testing.assert_close(exported.module()(x), Layer()(x))

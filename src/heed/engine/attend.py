@@ -90,7 +90,8 @@ def _run(call: Call, name: str) -> Result:
         name = os.environ.get("HEED_BACKEND", "auto")
     if name == "auto":
         name, reason = choose(call)
-        log.debug("%s for %s on %s tokens: %s", name, call.pattern, call.n, reason)
+        if not torch.compiler.is_compiling():  # a compiled graph cannot log
+            log.debug("%s for %s on %s tokens: %s", name, call.pattern, call.n, reason)
     elif name not in BACKENDS:
         raise ValueError(unknown("backend", name, (*BACKENDS, "auto")))
     chosen = BACKENDS[name]

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from heed.engine.axis import Axis
+from heed.engine.constants import kept
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as MatplotlibAxes
@@ -57,13 +57,13 @@ class Pattern:
             raise NotImplementedError(f"{type(self).__name__} must define axes() or rule()")
 
         def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            kept: Tensor | None = None
+            inside: Tensor | None = None
             for box in boxes:
                 key = box.key_place[k]
-                inside = (box.first[q] <= key) & (key <= box.last[q])
-                kept = inside if kept is None else kept & inside
-            assert kept is not None  # a grid has at least one axis
-            return kept
+                along = (box.first[q] <= key) & (key <= box.last[q])
+                inside = along if inside is None else inside & along
+            assert inside is not None  # a grid has at least one axis
+            return inside
 
         return keep
 
@@ -227,7 +227,7 @@ class _BoxTable:
     key_place: Tensor  # (m,)
 
 
-@lru_cache(maxsize=256)
+@kept
 def _box_tables(pattern: Pattern, n: int, m: int, device: torch.device) -> tuple[_BoxTable, ...] | None:
     axes = pattern.axes(n, m)
     if axes is None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from heed.engine.constants import kept
 from heed.engine.pattern import Pattern
 
 
@@ -101,7 +101,7 @@ plan_for: Callable[..., Plan] = torch.compiler.disable(  # type: ignore[assignme
 )
 
 
-@lru_cache(maxsize=256)
+@kept
 def _static_plan(pattern: Pattern, n: int, m: int, device: torch.device) -> Plan:
     from heed.engine.blocks import block_plan
     from heed.engine.boxes import box_plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ class Backbone(HeedModel):
     """Base of image models (B, C, H, W) -> (B, num_classes), with timm's methods.
 
     A subclass sets `num_classes`, `num_features`, `feature_info` (one dict per stage with num_chs, reduction, module),
-    creates its classifier as `self.head = self.classifier(num_classes)`, and implements `stage_maps`.
+    creates its classifier as `self.head = self.classifier(num_classes)`, implements `stage_maps`, and sets
+    `takes_any_size` when images need not have the configuration's img_size.
 
     Who trains a model on images normalised otherwise than `describe_input` says sets `model.pretrained_cfg` to a dict
     with the "mean" and "std" per channel; both are saved with the model and there again when it is loaded.
@@ -27,6 +28,7 @@ class Backbone(HeedModel):
     num_features: int
     feature_info: list[dict[str, Any]]
     head: nn.Module
+    takes_any_size: ClassVar[bool] = False
 
     @property
     def head_hidden_size(self) -> int:
@@ -79,7 +81,7 @@ class Backbone(HeedModel):
         colour = channels == 3
         return {
             "input_size": (channels, side or 224, side or 224),
-            "fixed_input_size": side is not None,
+            "fixed_input_size": not cls.takes_any_size,
             "mean": IMAGENET_DEFAULT_MEAN if colour else (0.5,) * channels,
             "std": IMAGENET_DEFAULT_STD if colour else (0.5,) * channels,
             "num_classes": config.num_classes,

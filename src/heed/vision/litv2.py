@@ -260,6 +260,7 @@ class LITv2(Backbone):
     """
 
     Config = LITv2Config
+    takes_any_size = True
 
     def __init__(self, config: LITv2Config) -> None:
         super().__init__(config)
@@ -342,10 +343,6 @@ class LITv2(Backbone):
         for theirs, ours in _RENAMES:
             key = re.sub(theirs, ours, key)
         return key
-
-    @classmethod
-    def describe_input(cls, config: LITv2Config) -> dict[str, Any]:
-        return super().describe_input(config) | {"fixed_input_size": False}
 
     def _check(self, x: Tensor) -> None:
         c = self.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from heed.catalogue import provides
 from heed.engine.bias import Bias, RelativeBias, axes_for, token_offsets
 from heed.engine.blocks import block_bounds
 from heed.engine.call import Call, Result
+from heed.engine.constants import kept
 from heed.engine.pattern import Pattern, Rule
 
 _BLOCK = 128
@@ -50,7 +51,7 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@lru_cache(maxsize=64)
+@kept
 def _static_mask(pattern: Pattern, n: int, m: int, device: torch.device) -> BlockMask:
     return block_mask(pattern, n, m, device)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from heed.engine.bias import dense_bias
 from heed.engine.call import Call, Result
+from heed.engine.constants import kept
 from heed.engine.pattern import Pattern
 from heed.engine.patterns import Causal, Full
 
@@ -26,11 +25,13 @@ def refuse(call: Call) -> str | None:
 
 def run(call: Call) -> Result:
     options = {"dropout_p": call.dropout, "scale": call.scale, "enable_gqa": call.groups > 1}
+    # Fused kernels want each token's channels side by side; without that PyTorch forms all scores.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
     plain = call.bias is None and call.key_mask is None
     if plain and isinstance(call.pattern, Full):
-        return Result(F.scaled_dot_product_attention(call.q, call.k, call.v, **options))
+        return Result(F.scaled_dot_product_attention(q, k, v, **options))
     if plain and call.pattern == Causal() and call.n == call.m:
-        return Result(F.scaled_dot_product_attention(call.q, call.k, call.v, is_causal=True, **options))
+        return Result(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
     allowed = _static_mask(call.pattern, call.n, call.m, call.q.device) if call.pattern.static else call.allowed()
     if call.pattern.static and call.key_mask is not None:
         allowed = allowed & call.key_mask[:, None, None, :]
@@ -38,9 +39,9 @@ def run(call: Call) -> Result:
     if call.bias is not None:
         bias = dense_bias(call.bias, call.pattern, call.n, call.m).to(call.q.dtype)
         mask = bias.masked_fill(~allowed, -torch.inf)
-    return Result(F.scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=mask, **options))
+    return Result(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
 
 
-@lru_cache(maxsize=32)
+@kept
 def _static_mask(pattern: Pattern, n: int, m: int, device: torch.device) -> Tensor:
     return pattern.mask(n, m, device=device)[None, None]

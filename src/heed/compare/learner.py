@@ -1,0 +1,239 @@
+"""One optimiser step, and one look at the test images: what every method goes through alike, on any device.
+
+What happens at step t depends on the seed and on t alone: batches and augmentation are drawn from generators seeded
+anew at every step, so a trial that is taken up again at t goes on bit for bit, and all methods see the same images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from heed.compare.settings import Settings
+from heed.data.images import ImageData
+from heed.errors import MissingExtra
+
+GROUP = 8  # images that share one draw of the augmentation
+LABEL_SMOOTHING = 0.05
+CLIP = 1.0  # largest norm of the gradient
+
+_ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def draw(*key: int | str) -> int:
+    """A seed that depends on all parts of the key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest())
+
+
+def batch_size(settings: Settings, data: ImageData) -> int:
+    """Images per step: as set, or all there are."""
+    return min(settings.batch_size, len(data.train_labels))
+
+
+class Learner:
+    """A model in training, with its optimiser, on the device and in the precision of the settings.
+
+    Args:
+        settings: recipe.
+        model: (B, C, S, S) to (B, classes); moved to the device.
+        data: what it learns from.
+        steps: length of the learning-rate schedule.
+        device: overrides the settings' device.
+    """
+
+    def __init__(
+        self, settings: Settings, model: nn.Module, data: ImageData, steps: int, device: str | None = None
+    ) -> None:
+        self.settings = settings
+        self.data = data
+        self.batch = batch_size(settings, data)
+        self.accelerator = _accelerator(device or settings.device, settings.precision)
+        self.device: torch.device = self.accelerator.device
+        groups = param_groups_weight_decay(model, settings.weight_decay)
+        model, self.optimizer = self.accelerator.prepare(
+            model.to(self.device), torch.optim.AdamW(groups, settings.learning_rate, fused=self.device.type != "mps")
+        )
+        self.model: nn.Module = model
+        # Kept out of `prepare`, which would count one step per process.
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer.optimizer,
+            settings.learning_rate,
+            total_steps=max(steps, 2),
+            pct_start=0.2,
+            cycle_momentum=False,
+        )
+        self.accelerator.register_for_checkpointing(self.schedule)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
+        self.mean, self.std = (x.view(-1, 1, 1).to(self.device) for x in data.statistics())
+        self.augment = _augmentation(settings.augment, data.side)
+
+    def batch_at(self, seed: int, step: int) -> tuple[UInt8[Tensor, "B C S S"], Int64[Tensor, " B"]]:
+        """The training images and labels of a step; this process's share of them."""
+        epoch, position = divmod(step, len(self.data.train_labels) // self.batch)
+        shuffle = torch.Generator().manual_seed(draw("order", seed, epoch))
+        order = torch.randperm(len(self.data.train_labels), generator=shuffle)
+        chosen = order[position * self.batch : (position + 1) * self.batch]
+        mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        return self.data.train_images[mine].to(self.device), self.data.train_labels[mine].to(self.device)
+
+    def normalise(self, images: UInt8[Tensor, "B C S S"]) -> Float[Tensor, "B C S S"]:
+        """Bytes to what the models see: training pixels have mean 0 and deviation 1 per channel."""
+        return (images.to(self.device).float() / 255 - self.mean) / self.std
+
+    def step(self, seed: int, step: int) -> Float[Tensor, ""]:
+        """Do optimiser step number `step`; returns its loss."""
+        images, labels = self.batch_at(seed, step)
+        torch.manual_seed(draw("step", seed, step, self.accelerator.process_index))
+        images = torch.cat([self.augment(group) for group in images.split(GROUP)])
+        self.model.train()
+        loss = self.loss(self.model(self.normalise(images)), labels)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """Share of the test images the model gets right, over all processes."""
+        try:
+            from torchmetrics.classification import MulticlassAccuracy
+        except ImportError as error:
+            raise MissingExtra("torchmetrics", "compare") from error
+        metric = MulticlassAccuracy(len(self.data.classes), average="micro").to(self.device)
+        first, stride = self.accelerator.process_index, self.accelerator.num_processes
+        images, labels = self.data.test_images[first::stride], self.data.test_labels[first::stride]
+        self.model.eval()
+        for part, truth in zip(images.split(self.batch), labels.split(self.batch), strict=True):
+            metric.update(self.model(self.normalise(part)), truth.to(self.device))
+        return float(metric.compute())
+
+    def bare_model(self) -> nn.Module:
+        """The model without the wrappers of `accelerate`."""
+        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimiser and schedule into a folder; all processes must call this."""
+        self.accelerator.save_state(str(folder))
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        self.accelerator.load_state(str(folder))
+
+
+@contextlib.contextmanager
+def repeatable(threads: int, device: str) -> Iterator[None]:
+    """Compute with so many threads and, on the CPU, in a fixed order of summation; undone afterwards.
+
+    The caller's CPU random state is kept as well.
+    """
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng(devices=[]):
+        torch.set_num_threads(threads)
+        # An operator without a deterministic form must not end the trial. On accelerators the fixed order costs speed.
+        torch.use_deterministic_algorithms(device_kind(device) == "cpu", warn_only=True)
+        memory.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before[0])
+            torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
+            memory.fill_uninitialized_memory = fill
+
+
+def join_processes(settings: Settings) -> None:
+    """Where `accelerate launch` started several processes, connect them; every trial then spreads over them all.
+
+    Raises:
+        ValueError: the settings ask for jobs or Ray besides.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if settings.jobs > 1 or settings.ray is not None:
+        raise ValueError(f"jobs={settings.jobs} and ray={settings.ray!r} do not go with several launched processes")
+    _accelerator(settings.device, settings.precision)
+
+
+def is_leader() -> bool:
+    """Whether this process writes the files: the only one, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def meet() -> None:
+    """Wait for the other processes, if there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def device_kind(device: str) -> str:
+    """The type of device that a setting such as "auto" or "cuda:1" means here, e.g. "cuda".
+
+    Raises:
+        ValueError: it is not a device.
+    """
+    if device == "auto":
+        present = torch.accelerator.current_accelerator(check_available=True)
+        return "cpu" if present is None else present.type
+    try:
+        return torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is not a device; use 'auto', 'cpu', 'cuda' or 'mps'") from error
+
+
+def check_device(device: str, precision: str) -> None:
+    """Raise ValueError for a device this machine does not have, or a precision it cannot train in."""
+    kind = device_kind(device)
+    here = device_kind("auto")
+    if kind not in ("cpu", here):
+        raise ValueError(
+            f"device={device!r}: this machine has {'no accelerator' if here == 'cpu' else here}; use 'auto'"
+        )
+    if kind != "cpu" and device != "auto" and (torch.device(device).index or 0) >= torch.accelerator.device_count():
+        raise ValueError(f"device={device!r}: this machine has {torch.accelerator.device_count()} of them")
+    if kind == "cpu" and precision == "fp16":
+        raise ValueError("precision='fp16' needs an accelerator; on the CPU use 'bf16' or 'fp32'")
+
+
+def _accelerator(device: str, precision: str) -> Any:
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise MissingExtra("accelerate", "compare") from error
+    # accelerate keeps the first device and precision for the life of the process; every trial brings its own.
+    AcceleratorState._reset_state(reset_partial_state="WORLD_SIZE" not in os.environ)
+    precision = _PRECISION[precision]
+    if device in ("auto", "cpu"):
+        return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    before = os.environ.get(_ACCELERATE_DEVICE)
+    os.environ[_ACCELERATE_DEVICE] = device
+    try:
+        return Accelerator(mixed_precision=precision)
+    finally:
+        if before is None:
+            del os.environ[_ACCELERATE_DEVICE]
+        else:
+            os.environ[_ACCELERATE_DEVICE] = before
+
+
+def _augmentation(kind: str, side: int) -> nn.Module:
+    padding = side // 14  # nothing for the smallest images, where one pixel is a large shift
+    steps: list[nn.Module] = [v2.RandomCrop(side, padding=padding)] if kind != "none" and padding else []
+    if kind == "flip":
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose(steps) if steps else nn.Identity()

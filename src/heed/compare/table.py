@@ -1,0 +1,103 @@
+"""The ranked table of a comparison, for the terminal; and how its numbers are written there and in the report."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from heed.compare.results import Accuracy, MethodResult, Results
+
+NOTHING = "–"
+
+
+def print_results(results: Results, console: Console | None = None) -> None:
+    """Print who won, and one line per method in order of rank; failed methods say why.
+
+    Args:
+        results: of a comparison.
+        console: where to; None for the terminal.
+    """
+    console = console or Console(highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("", "method", "accuracy", "parameters", "FLOPs", "train/s", "infer/s", "memory"):
+        table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
+    for row in results.methods:
+        if row.status == "ok":
+            style = "bold" if row.rank == 1 else ""
+            table.add_row(
+                str(row.rank),
+                Text(row.method, style=style),
+                Text(accuracy(row.accuracy), style=style),
+                *costs(row),
+            )
+    console.print(Text(headline(results), style="bold"))
+    console.print(table)
+    place = {row.method: index for index, row in enumerate(results.methods)}
+    pairs = [
+        (row.method, other) for row in results.methods for other in row.tied_with if place[row.method] < place[other]
+    ]
+    if pairs:
+        console.print(Text(f"tied: {', '.join(f'{one} = {other}' for one, other in pairs)}", style="dim"))
+    for row in results.methods:
+        if row.status == "failed":
+            console.print(Text.assemble((f"{row.method} failed: ", "red"), row.error or ""))
+
+
+def headline(results: Results) -> str:
+    """One sentence: which method won, or that it is a tie."""
+    leaders = [row for row in results.methods if row.status == "ok" and row.rank == 1]
+    finished = [row for row in results.methods if row.status == "ok"]
+    task = f"on {results.data.name}"
+    if not leaders:
+        return f"No method finished {task}."
+    first = leaders[0].method
+    share = percent(leaders[0].accuracy.mean)
+    if len(finished) == 1:
+        return f"{first} gets {share} of the test images right {task}; there is nothing to compare it with."
+    if len(leaders) == 1:
+        return f"{first} wins {task}: it gets {share} of the test images right."
+    names = [row.method for row in leaders]
+    if len(leaders) == len(finished):
+        return f"It is a tie {task}: {join(names)} differ by no more than their spread."
+    return f"It is a tie at the top {task}: {join(names)} lead, and differ by no more than their spread."
+
+
+def costs(row: MethodResult) -> tuple[str, str, str, str, str]:
+    """Parameters, FLOPs per image, images per second in training and inference, peak memory."""
+    return (
+        quantity(row.parameters),
+        quantity(row.flops),
+        quantity(row.train_images_per_second),
+        quantity(row.infer_images_per_second),
+        quantity(row.peak_memory_bytes, "B"),
+    )
+
+
+def accuracy(value: Accuracy) -> str:
+    """Mean and spread in per cent: "97.8 ± 0.3 %"."""
+    if value.mean is None:
+        return NOTHING
+    spread = "" if value.spread is None else f" ± {value.spread * 100:.1f}"
+    return f"{value.mean * 100:.1f}{spread} %"
+
+
+def percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{share * 100:.1f} %"
+
+
+def quantity(value: float | None, unit: str = "") -> str:
+    """Three significant digits with k, M, G or T: 143_210 is "143 k"."""
+    if value is None:
+        return NOTHING
+    power = 0
+    while abs(value) >= 999.5 and power < 4:
+        value /= 1000
+        power += 1
+    digits = 0 if abs(value) >= 99.95 or (power == 0 and value == int(value)) else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{digits}f} {('', 'k', 'M', 'G', 'T')[power]}{unit}".rstrip()
+
+
+def join(names: list[str]) -> str:
+    """ "a", "a and b", "a, b and c" """
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
