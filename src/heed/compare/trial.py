@@ -18,7 +18,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 
@@ -29,7 +29,7 @@ from heed.compare.progress import Progress, Report
 from heed.compare.results import Curve
 from heed.compare.settings import Settings
 from heed.data.images import ImageData
-from heed.models import HeedModel
+from heed.vision.backbone import Backbone
 
 POINTS = 8  # of the curve: evaluations per trial, each with a checkpoint
 CHECKPOINT_SECONDS = 60.0  # the longest that training goes on without a checkpoint
@@ -170,8 +170,8 @@ class _Training:
                 saved = time.monotonic()
             last = self.curve.accuracy[-1] if self.curve.accuracy else None
             report(Progress(self.method, self.seed, "training", self.step, self.steps, mean, last))
-        trained = learner.bare_model()
-        if is_leader() and isinstance(trained, HeedModel):
+        trained = cast(Backbone, learner.bare_model())
+        if is_leader():
             mean, std = data.statistics()
             trained.pretrained_cfg = {"mean": mean.tolist(), "std": std.tolist()}
             trained.save_pretrained(self.folder / "model")
