@@ -13,7 +13,6 @@ token merging is from the same authors' "Less is More: Pay Less Attention in Vis
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -22,13 +21,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from heed.catalogue import provides
 from heed.layers.hilo import HiLoAttention
 from heed.models import register_models
 from heed.vision.backbone import Backbone
+from heed.vision.parts import ConvMlp, PatchEmbed, drop_path_rates, init_linear, pyramid_info
 
 
 @provides("23-hilo")
@@ -73,43 +73,6 @@ class LITv2Config:
             )
 
 
-class PatchEmbed(nn.Module):
-    """Images (B, in_chans, H, W) to tokens (B, H/p, W/p, C); sides that p does not divide are zero-padded."""
-
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w dim"]:
-        p = self.patch_size
-        x = F.pad(x, (0, -x.shape[3] % p, 0, -x.shape[2] % p))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-    def flops(self, height: int, width: int) -> int:
-        return height * width * (self.proj.weight.numel() + self.proj.out_channels)
-
-
-class ConvMlp(nn.Module):
-    """Linear, depthwise 3x3 convolution, GELU, Linear: (B, H, W, C) -> (B, H, W, C)."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-        nn.init.normal_(self.dwconv.weight, std=math.sqrt(2 / 9))
-        nn.init.zeros_(self.dwconv.bias)  # type: ignore[arg-type]
-
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2))
-        return self.fc2(F.gelu(x).permute(0, 2, 3, 1))
-
-    def flops(self, height: int, width: int) -> int:
-        return height * width * sum(layer.weight.numel() for layer in (self.fc1, self.dwconv, self.fc2))
-
-
 @provides("23-hilo")
 class ConvFFNBlock(nn.Module):
     """x + ConvMLP(LN(x)) on (B, H, W, C); the convolution tells the tokens where they are.
@@ -130,7 +93,8 @@ class ConvFFNBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def flops(self, height: int, width: int) -> int:
-        return self.mlp.flops(height, width) + height * width * self.mlp.fc1.in_features
+        weights = sum(layer.weight.numel() for layer in (self.mlp.fc1, self.mlp.dwconv, self.mlp.fc2))
+        return height * width * (weights + self.mlp.fc1.in_features)
 
 
 @provides("23-hilo")
@@ -266,21 +230,16 @@ class LITv2(Backbone):
         super().__init__(config)
         count = len(config.depths)
         dims = [config.dim * 2**i for i in range(count)]
-        rates = iter(torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist())
+        rates = drop_path_rates(config.drop_path, config.depths)
         self.num_classes = config.num_classes
         self.num_features = dims[-1]
-        self.feature_info = [
-            {
-                "num_chs": dim,
-                "reduction": config.patch_size * 2**i,
-                "module": f"norms.{i}" if config.stage_norms else f"stages.{i}.blocks",
-            }
-            for i, dim in enumerate(dims)
-        ]
-        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, config.dim)
+        self.feature_info = pyramid_info(
+            dims, config.patch_size, "norms.{}" if config.stage_norms else "stages.{}.blocks"
+        )
+        self.patch_embed = PatchEmbed(config.in_chans, config.dim, config.patch_size)
         self.stages = nn.ModuleList(
             Stage(
-                [_block(config, i, dim, next(rates)) for _ in range(config.depths[i])],
+                [_block(config, i, dim, rate) for rate in rates[i]],
                 DeformableTokenMerging(dim) if i < count - 1 else nn.Identity(),
             )
             for i, dim in enumerate(dims)
@@ -290,7 +249,7 @@ class LITv2(Backbone):
         else:
             self.norm = nn.LayerNorm(dims[-1])
         self.head = self.classifier(config.num_classes)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def stage_maps(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
         self._check(x)
@@ -308,7 +267,7 @@ class LITv2(Backbone):
         """Multiply-adds for one image of height x width pixels (default img_size), counted as the authors do."""
         p = self.config.patch_size
         rows, columns = (-(-(side or self.config.img_size) // p) for side in (height, width))
-        total = self.patch_embed.flops(rows, columns)
+        total = rows * columns * (self.patch_embed.proj.weight.numel() + self.config.dim)
         for i, stage in enumerate(self.stages):
             total += stage.flops(rows >> i, columns >> i)  # type: ignore[operator]
         last = len(self.stages) - 1
@@ -366,13 +325,6 @@ def _block(config: LITv2Config, stage: int, dim: int, drop_path: float) -> ConvF
         alpha=config.alpha,
     )
     return HiLoBlock(attention, config.mlp_ratio, drop_path)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _SMALL = LITv2Config()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from heed.layers.registry import create_layer
 from heed.models import register_models
 from heed.vision.backbone import Backbone
+from heed.vision.parts import drop_path_rates
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ViT(Backbone):
         ]
         self.patch_embed = nn.Conv2d(config.in_chans, config.dim, config.patch_size, config.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, side, side, config.dim))
-        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        (rates,) = drop_path_rates(config.drop_path, [config.depth])
         self.blocks = nn.ModuleList(Block(config, (side, side), rate) for rate in rates)
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.head = self.classifier(config.num_classes)
