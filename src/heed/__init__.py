@@ -4,6 +4,8 @@ The public face: `attend` and `patterns` (the engine), `create_model` and `from_
 `create_layer` (attention layers by name) and `catalogue` (the 72 systems).
 """
 
+import sys
+
 from heed import catalogue
 from heed.engine import patterns
 from heed.engine.attend import attend
@@ -21,4 +23,6 @@ __all__ = [
     "from_pretrained",
     "patterns",
 ]
+sys.modules["heed.patterns"] = patterns  # so that `from heed.patterns import Window` works as well
+
 __version__ = "0.1.0"

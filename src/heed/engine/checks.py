@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,3 +26,8 @@ def per_axis(name: str, value: Any, rank: int, *, kind: type = int, least: int =
                 raise ValueError(f"{name}={value!r}: {entry!r} must be True or False")
         return values
     return positive_ints(name, values, least)
+
+
+def check_tokens(name: str, grid: tuple[int, ...], tokens: int, what: str) -> None:
+    if math.prod(grid) != tokens:
+        raise ValueError(f"{name}: grid {grid} holds {math.prod(grid)} tokens, but there are {tokens} {what}")
