@@ -12,7 +12,7 @@ from torch import Tensor
 
 import heed
 from heed.engine.bias import RelativeBias, RelativeLogits
-from heed.engine.pattern import Pattern
+from heed.engine.pattern import Pattern, Rule
 from heed.engine.patterns import (
     Blocks,
     Causal,
@@ -352,6 +352,20 @@ def test_bad_input_is_named(change: dict, error: type[Exception], words: str) ->
     arguments: dict = {name: torch.randn(1, 2, 10, 8) for name in "qkv"} | {"pattern": Window(2)} | change
     with pytest.raises(error, match=words):
         heed.attend(**arguments)
+
+
+class _Prefix(Pattern):
+    """A pattern of a user's own, whose arithmetic does not even mention the query."""
+
+    def rule(self, n: int, m: int, device: torch.device) -> Rule:
+        return lambda b, h, q, k: k < 70
+
+
+@pytest.mark.parametrize("pattern", [_Prefix(), ~_Prefix(), _Prefix() & Causal()], ids=["prefix", "not", "and"])
+def test_a_pattern_needs_only_a_rule(pattern: Pattern) -> None:
+    q, k, v = (torch.randn(1, 2, 150, 8) for _ in range(3))
+    want, got = (heed.attend(q, k, v, pattern, backend=backend) for backend in ("reference", "tiled"))
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", ["tiled", "sdpa"])

@@ -28,6 +28,13 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def test_what_is_no_batch_of_images_is_named(name: str) -> None:
+    model, x = build(name)
+    for wrong in (x[0], torch.cat([x, x], 1)):
+        with pytest.raises(ValueError, match="this model takes images"):
+            model(wrong)
+
+
 def test_every_parameter_learns(name: str) -> None:
     """After a few steps away from special initial values (zeros), no gradient is missing or zero."""
     model, x = build(name)

@@ -100,7 +100,7 @@ def _masks(
             q = queries[tp][:, :, None].clamp(max=n - 1)
             k = (keys[gp, tp, sp][:, None] * key_block + torch.arange(key_block, device=keys.device))[:, None, :]
             b, h = (gp // heads)[:, None, None], (gp % heads)[:, None, None]
-            kept.append(rule(b, h, q, k.clamp(max=m - 1)) & (k < m))
+            kept.append((rule(b, h, q, k.clamp(max=m - 1)) & (k < m)).expand(len(part), tile, key_block))
         kinds, of_slot = torch.unique(torch.cat(kept).flatten(1), dim=0, return_inverse=True)
         distinct.append(kinds.view(-1, tile, key_block))
         mask_of[g, t, slot] = of_slot + 2
@@ -193,7 +193,7 @@ def _dense_bounds(
     some, every = [], []
     for begin in range(0, n, step):
         q = torch.arange(begin, min(begin + step, n), device=device)
-        kept = rule(b, h, q[:, None], k).expand(b.shape[0], h.shape[1], -1, -1)
+        kept = rule(b, h, q[:, None], k).expand(b.shape[0], h.shape[1], len(q), m)
         grow = (0, -m % key_block, 0, -len(q) % tile)
         for value, bound, reduce in ((False, some, torch.any), (True, every, torch.all)):
             cells = F.pad(kept, grow, value=value).unflatten(3, (-1, key_block)).unflatten(2, (-1, tile))

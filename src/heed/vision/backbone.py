@@ -42,12 +42,32 @@ class Backbone(HeedModel):
         """Run the stages: the maps (B, C, H, W) that `feature_info` describes."""
         raise NotImplementedError
 
+    @property
+    def least_side(self) -> int:
+        """The smallest side of an image that the model takes, in pixels."""
+        return 1
+
+    def check_images(self, x: Tensor) -> None:
+        """Raise ValueError for what is no batch of images of a size that this model takes."""
+        channels = self.config.in_chans
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"input {tuple(x.shape)}: this model takes images (B, {channels}, H, W)")
+        rows, columns = x.shape[2:]
+        side = None if self.takes_any_size else self.config.img_size
+        if side is not None and (rows, columns) != (side, side):
+            raise ValueError(f"images of {rows} x {columns} pixels given; this model takes {side} x {side}")
+        if min(rows, columns) < self.least_side:
+            raise ValueError(
+                f"images of {rows} x {columns} pixels are too small; sides of at least {self.least_side} are needed"
+            )
+
     def finish(self, x: Tensor) -> Tensor:
         """From the last map (B, C, H, W) to the features that are pooled, usually a norm."""
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The features before pooling, (B, C, H, W)."""
+        self.check_images(x)
         return self.finish(self.stage_maps(x)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -117,6 +137,7 @@ class Backbone(HeedModel):
             raise ValueError(f"output_fmt={output_fmt!r}: maps are given as 'NCHW'")
         if norm:
             raise ValueError("norm=True: intermediate maps are given as the stages leave them")
+        self.check_images(x)
         maps = self.stage_maps(x)
         count = len(maps)
         if indices is None:

@@ -252,7 +252,6 @@ class LITv2(Backbone):
         self.apply(init_linear)
 
     def stage_maps(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
-        self._check(x)
         x = self.patch_embed(x)
         maps = []
         for i, stage in enumerate(self.stages):
@@ -303,15 +302,9 @@ class LITv2(Backbone):
             key = re.sub(theirs, ours, key)
         return key
 
-    def _check(self, x: Tensor) -> None:
-        c = self.config
-        if x.ndim != 4 or x.shape[1] != c.in_chans:
-            raise ValueError(f"input {tuple(x.shape)}: this model takes images (B, {c.in_chans}, H, W)")
-        least = c.patch_size * (2 ** (len(c.depths) - 1) - 1) + 1
-        if min(x.shape[2:]) < least:
-            raise ValueError(
-                f"images of {tuple(x.shape[2:])} pixels are too small; sides of at least {least} are needed"
-            )
+    @property
+    def least_side(self) -> int:
+        return self.config.patch_size * (2 ** (len(self.config.depths) - 1) - 1) + 1
 
 
 def _block(config: LITv2Config, stage: int, dim: int, drop_path: float) -> ConvFFNBlock:

@@ -98,9 +98,6 @@ class ViT(Backbone):
         trunc_normal_(self.pos_embed, std=0.02)
 
     def stage_maps(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
-        size = self.config.img_size
-        if x.shape[-2:] != (size, size):
-            raise ValueError(f"images of {tuple(x.shape[-2:])} pixels given; this model takes {size} x {size}")
         tokens = self.patch_embed(x).permute(0, 2, 3, 1) + self.pos_embed
         maps = []
         for block in self.blocks:
