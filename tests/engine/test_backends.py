@@ -378,3 +378,12 @@ def test_exporting_leaves_nothing_fake_behind(backend: str) -> None:
     exported = torch.export.export(Layer(), (x,))
     torch.testing.assert_close(Layer()(x), heed.attend(x, x, x, Neighborhood((9, 11), 3), backend="reference"))
     torch.testing.assert_close(exported.module()(x), Layer()(x))
+
+
+@pytest.mark.parametrize("backend", ["tiled", "sdpa"])
+def test_training_after_inference_mode(backend: str) -> None:
+    q = torch.randn(1, 2, 91, 8, requires_grad=True)
+    with torch.inference_mode():
+        heed.attend(q, q, q, Neighborhood((7, 13), 3), backend=backend)
+    heed.attend(q, q, q, Neighborhood((7, 13), 3), backend=backend).sum().backward()
+    assert q.grad is not None

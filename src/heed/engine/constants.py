@@ -16,12 +16,13 @@ T = TypeVar("T")
 def kept(function: Callable[P, T]) -> Callable[P, T]:
     """Keep the results of a function of hashable arguments, as real tensors even while a model is being traced.
 
-    Exporting runs code on fake tensors; a fake one that was kept would poison every later call.
+    Exporting runs code on fake tensors, and inference mode makes tensors that training refuses; one of those that was
+    kept would poison every later call.
     """
 
     @lru_cache(maxsize=256)
     def real(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _disable_current_modes():
+        with _disable_current_modes(), torch.inference_mode(False):
             return function(*args, **kwargs)
 
     @wraps(function)

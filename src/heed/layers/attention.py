@@ -68,7 +68,9 @@ class PatternAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... C"]:
         """Mix tokens; x is (B, *layout, C), e.g. (B, N, C) or (B, H, W, C)."""
         if x.shape[-1] != self.dim:
-            raise ValueError(f"{type(self).__name__} has dim={self.dim}, the input has {x.shape[-1]} channels")
+            raise ValueError(
+                f"{type(self).__name__} has dim={self.dim}, the input has {x.shape[-1]} channels; channels come last"
+            )
         layout = tuple(x.shape[1:-1])
         tokens = math.prod(layout)
         q, k, v = self.qkv(x).view(x.shape[0], tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)

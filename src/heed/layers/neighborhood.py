@@ -9,7 +9,9 @@ from "Generalized Neighborhood Attention" (arXiv 2504.16922). Parameter names ar
 from __future__ import annotations
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from heed.catalogue import provides
 from heed.engine.bias import Bias, RelativeBias
@@ -30,6 +32,8 @@ class NeighborhoodAttention(PatternAttention):
         stride: queries that share a window, per axis.
         is_causal: whether an axis may look ahead, per axis.
         rel_pos_bias: add a learned table over relative positions (odd windows, no causal axis), as NAT and DiNAT do.
+        pad: what happens where kernel_size * dilation exceeds the grid: True adds zero tokens at the bottom and right,
+            which take part as keys, and cuts them off again (NATTEN 0.14, DiNAT's detectors); False raises ValueError.
     """
 
     rank: int
@@ -44,6 +48,7 @@ class NeighborhoodAttention(PatternAttention):
         stride: int | tuple[int, ...] = 1,
         is_causal: bool | tuple[bool, ...] = False,
         rel_pos_bias: bool = False,
+        pad: bool = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
@@ -54,6 +59,7 @@ class NeighborhoodAttention(PatternAttention):
         self.dilation = per_axis("dilation", dilation, self.rank)
         self.stride = per_axis("stride", stride, self.rank)
         self.is_causal = per_axis("is_causal", is_causal, self.rank, kind=bool)
+        self.pad = pad
         self.rpb: nn.Parameter | None = None
         if rel_pos_bias:
             if any(self.is_causal):
@@ -73,6 +79,21 @@ class NeighborhoodAttention(PatternAttention):
     def bias(self) -> Bias | None:
         return None if self.rpb is None else RelativeBias(self.rpb)
 
+    def padded(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The grid on which tokens of this grid attend: larger along axes that are too short for a window."""
+        if not self.pad or len(grid) != self.rank:
+            return grid
+        return tuple(max(x, w * t) for x, w, t in zip(grid, self.kernel_size, self.dilation, strict=True))
+
+    def forward(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... C"]:
+        grid = tuple(x.shape[1:-1])
+        large = self.padded(grid)
+        if large == grid:
+            return super().forward(x)
+        missing = [side for y, x in zip(reversed(large), reversed(grid), strict=True) for side in (0, y - x)]
+        y = super().forward(F.pad(x, (0, 0, *missing)))
+        return y[(slice(None), *map(slice, grid))]
+
 
 @provides("13-fna")
 class NeighborhoodAttention1D(NeighborhoodAttention):
@@ -82,6 +103,7 @@ class NeighborhoodAttention1D(NeighborhoodAttention):
 
 
 @provides("13-fna")
+@provides("58-dinat")
 class NeighborhoodAttention2D(NeighborhoodAttention):
     """(B, H, W, C) -> (B, H, W, C)"""
 

@@ -65,10 +65,15 @@ class Backbone(HeedModel):
         """From the last map (B, C, H, W) to the features that are pooled, usually a norm."""
         return x
 
+    def maps_and_features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The maps of all stages, and the features that are pooled, from one run."""
+        maps = self.stage_maps(x)
+        return maps, self.finish(maps[-1])
+
     def forward_features(self, x: Tensor) -> Tensor:
         """The features before pooling, (B, C, H, W)."""
         self.check_images(x)
-        return self.finish(self.stage_maps(x)[-1])
+        return self.maps_and_features(x)[1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool features (B, C, H, W) and classify; with `pre_logits` stop before the classifier."""
@@ -138,7 +143,7 @@ class Backbone(HeedModel):
         if norm:
             raise ValueError("norm=True: intermediate maps are given as the stages leave them")
         self.check_images(x)
-        maps = self.stage_maps(x)
+        maps, features = self.maps_and_features(x)
         count = len(maps)
         if indices is None:
             indices = count
@@ -147,4 +152,22 @@ class Backbone(HeedModel):
             if not -count <= index < count or (isinstance(indices, int) and index < 0):
                 raise ValueError(f"indices={indices}: {type(self).__name__} has {count} stages")
         chosen = [maps[index] for index in stages]
-        return chosen if intermediates_only else (self.finish(maps[-1]), chosen)
+        return chosen if intermediates_only else (features, chosen)
+
+
+class ClassTokenBackbone(Backbone):
+    """A backbone that classifies a token of its own: its features are one place, (B, C, 1, 1), beside the maps.
+
+    A subclass implements `maps_and_token` in the place of `stage_maps`.
+    """
+
+    def maps_and_token(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Run the stages: the maps (B, C, H, W) that `feature_info` describes, and the class token (B, C), normed."""
+        raise NotImplementedError
+
+    def stage_maps(self, x: Tensor) -> list[Tensor]:
+        return self.maps_and_token(x)[0]
+
+    def maps_and_features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        maps, token = self.maps_and_token(x)
+        return maps, token[:, :, None, None]
