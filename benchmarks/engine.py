@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -46,11 +47,14 @@ def both(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], 
 
 
 def plan_seconds(pattern: Pattern, tokens: int) -> float:
-    """Building a plan from nothing."""
-    _static_plan.forget()
-    begin = time.perf_counter()
-    plan_for(pattern, tokens, tokens, torch.device("cpu"))
-    return time.perf_counter() - begin
+    """Building a plan from nothing, median of 5."""
+    seconds = []
+    for _ in range(5):
+        _static_plan.forget()
+        begin = time.perf_counter()
+        plan_for(pattern, tokens, tokens, torch.device("cpu"))
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
 def against_dense(
