@@ -1,0 +1,1 @@
+"""Diffusion models: attention processors for diffusers."""
