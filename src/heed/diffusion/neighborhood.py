@@ -63,7 +63,7 @@ class NeighborhoodFluxProcessor:
         if image_rotary_emb is not None:
             from diffusers.models.embeddings import apply_rotary_emb
 
-            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+            q, k = (cast(Tensor, apply_rotary_emb(x, image_rotary_emb, sequence_dim=1)) for x in (q, k))
         y = self._attend(q, k, v).flatten(2)
         if encoder_hidden_states is None:
             return y
