@@ -23,7 +23,7 @@ import heed
 from common import interleaved, report
 from heed.engine.pattern import Pattern
 from heed.engine.patterns import Causal, Neighborhood, Selected, Window
-from heed.engine.plan import _static_plan, plan_for
+from heed.engine.planner import _static_plan, plan_for
 
 COLUMNS = ["case", "baseline ms", "heed ms", "ratio", "must reach", "aim", "plan ms"]
 

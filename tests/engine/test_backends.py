@@ -255,7 +255,7 @@ def test_tiled_names_the_backend_for_one_graph() -> None:
 
 def test_operators_obey_the_contract_of_custom_operators() -> None:
     from heed.engine.backends.tiles import _attention
-    from heed.engine.plan import plan_for
+    from heed.engine.planner import plan_for
 
     plan = plan_for(Window(5), 100, 100, torch.device("cpu"))
     index = [t for g in plan.groups for t in (g.queries, g.keys, g.mask_of)]

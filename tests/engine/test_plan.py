@@ -8,7 +8,8 @@ from torch import Tensor
 
 from heed.engine.pattern import Pattern
 from heed.engine.patterns import Blocks, Causal, Grouped, Halo, Neighborhood, Selected, Strided, Window
-from heed.engine.plan import Plan, plan_for
+from heed.engine.plan import Plan
+from heed.engine.planner import plan_for
 
 CPU = torch.device("cpu")
 STATIC = [

@@ -7,7 +7,7 @@ from torch.utils._triton import has_triton
 from heed.engine.backends import flex, sdpa
 from heed.engine.call import Call
 from heed.engine.patterns import Causal, Full
-from heed.engine.plan import plan_for
+from heed.engine.planner import plan_for
 
 # Below this many scores per head a dense mask costs less than cutting the tokens into tiles. Measured on CPUs.
 _SMALL = 1 << 16

@@ -9,14 +9,10 @@ Patterns with axes get their plan from `boxes`, all others (compositions, chosen
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from heed.engine.constants import kept
-from heed.engine.pattern import Pattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,31 +79,3 @@ class Plan:
     def work(self) -> float:
         """Scores computed over n * m; above the pattern's density by what the tiles waste."""
         return sum(g.tiles * g.tile * g.width for g in self.groups) / (self.n * self.m)
-
-
-def _plan_for(pattern: Pattern, n: int, m: int, device: torch.device, batch: int = 1, heads: int = 1) -> Plan:
-    """The plan of a pattern for n queries and m keys; static patterns get theirs once and keep it."""
-    from heed.engine.blocks import block_plan
-
-    if pattern.static:
-        return _static_plan(pattern, n, m, device)
-    return block_plan(pattern, n, m, device, batch, heads)
-
-
-# A plan depends on values, which a traced graph does not have.
-plan_for: Callable[..., Plan] = torch.compiler.disable(  # type: ignore[assignment] - it returns what it is given
-    _plan_for,
-    reason="the tiled backend splits the graph where it makes its plan; with fullgraph=True use backend='sdpa'",
-)
-
-
-@kept
-def _static_plan(pattern: Pattern, n: int, m: int, device: torch.device) -> Plan:
-    from heed.engine.blocks import block_plan
-    from heed.engine.boxes import box_plan
-
-    axes = pattern.axes(n, m)
-    if axes is None:
-        return block_plan(pattern, n, m, device)
-    plan = box_plan(axes, n, m)
-    return Plan(n, m, tuple(group.to(device) for group in plan.groups), plan.empty)

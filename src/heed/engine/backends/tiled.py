@@ -12,7 +12,8 @@ from heed.engine.backends.tiles import tiled_attention
 from heed.engine.bias import RelativeBias, RelativeLogits, axes_for
 from heed.engine.call import Call, Result
 from heed.engine.patterns import Grouped
-from heed.engine.plan import Plan, Tiles, plan_for
+from heed.engine.plan import Plan, Tiles
+from heed.engine.planner import plan_for
 
 
 def refuse(call: Call) -> str | None:

@@ -24,7 +24,8 @@ from heed.catalogue import provides
 from heed.engine.bias import RelativeBias
 from heed.engine.constants import kept
 from heed.engine.patterns import Neighborhood
-from heed.engine.plan import Tiles, plan_for
+from heed.engine.plan import Tiles
+from heed.engine.planner import plan_for
 from heed.layers.natten.checks import (
     CausalPerAxis,
     PerAxis,
