@@ -45,6 +45,15 @@ README_LINKS = {
     "src/heed/layers/neighborhood.py": "systems/13-fna.md",
     "src/heed/layers/hilo.py": "systems/23-hilo.md",
     "src/heed/layers/halo.py": "systems/04-halonet.md",
+    "src/heed/layers/psa.py": "systems/35-psa.md",
+    "src/heed/layers/ulsam.py": "systems/32-ulsam.md",
+    "src/heed/vision/convit.py": "systems/16-convit.md",
+    "src/heed/vision/davit.py": "systems/24-davit.md",
+    "src/heed/vision/focalnet.py": "systems/68-focalnet.md",
+    "src/heed/vision/illama.py": "systems/07-illama.md",
+    "src/heed/vision/nat.py": "systems/58-dinat.md",
+    "src/heed/vision/soft.py": "systems/64-soft.md",
+    "src/heed/vision/van.py": "systems/25-van.md",
 }
 
 

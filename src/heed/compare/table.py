@@ -9,6 +9,7 @@ from rich.text import Text
 from heed.compare.results import Accuracy, MethodResult, Results
 
 NOTHING = "–"
+MANY = 10  # tied pairs that a terminal can still list
 
 
 def print_results(results: Results, console: Console | None = None) -> None:
@@ -37,7 +38,9 @@ def print_results(results: Results, console: Console | None = None) -> None:
     pairs = [
         (row.method, other) for row in results.methods for other in row.tied_with if place[row.method] < place[other]
     ]
-    if pairs:
+    if len(pairs) > MANY:
+        console.print(Text(f"{len(pairs)} pairs are tied; the report names them", style="dim"))
+    elif pairs:
         console.print(Text(f"tied: {', '.join(f'{one} = {other}' for one, other in pairs)}", style="dim"))
     for row in results.methods:
         if row.status == "failed":
