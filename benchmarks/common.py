@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
+import math
 import platform
 import statistics
 import time
@@ -12,9 +14,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 
 def interleaved(functions: dict[str, Callable[[], object]], repeats: int = 7, warmup: int = 2) -> dict[str, float]:
@@ -80,3 +85,44 @@ def report(
             **(extra or {}),
         }
         path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def options(description: str | None, *, repeats: int = 7, seeds: int = 3) -> argparse.Namespace:
+    """The command line of a benchmark that times layers and trains small models: threads, repeats, seeds, out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    return given
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits in a fixed random order: images (1797, 1, 8, 8) in [0, 1] and labels; 1,280 are for training."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    return torch.from_numpy(x[order]).float().view(-1, 1, 8, 8) / 16, torch.from_numpy(y[order])
+
+
+def digits_accuracy(
+    model: nn.Module, epochs: int, peak: float, *, weight_decay: float = 0.05, clip: float = math.inf
+) -> float:
+    """Test accuracy on digits after training with AdamW in batches of 64, one cycle up to the learning rate `peak`."""
+    images, labels = digits()
+    optimiser = torch.optim.AdamW(model.parameters(), peak, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, epochs * 20)
+    for _ in range(epochs):
+        for batch in torch.randperm(1280).split(64):
+            optimiser.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            if math.isfinite(clip):
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimiser.step()
+            schedule.step()
+    with torch.no_grad():
+        return (model.eval()(images[1280:]).argmax(1) == labels[1280:]).float().mean().item()

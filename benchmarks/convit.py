@@ -7,8 +7,6 @@ Times are of one layer, float32, batch 1, 14 x 14 tokens, 432 channels, 9 heads 
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -20,7 +18,7 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import heed
-from common import interleaved, report
+from common import interleaved, options, report
 from heed.layers.gpsa import GPSA, MHSA
 from heed.vision.convit import ConViT, LocalityLog, subsample_classes
 
@@ -111,16 +109,9 @@ def learned(seeds: int) -> list[list[object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    rows = times(options.repeats) + sizes() + learned(options.seeds)
-    report("Gated positional self-attention", COLUMNS, rows, options.out)
+    given = options(__doc__, repeats=11)
+    rows = times(given.repeats) + sizes() + learned(given.seeds)
+    report("Gated positional self-attention", COLUMNS, rows, given.out)
 
 
 if __name__ == "__main__":

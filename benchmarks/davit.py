@@ -7,21 +7,17 @@ Times are of one layer with projections, 192 channels, 6 heads or groups, window
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from timm.models.davit import ChannelAttention
 from torch import nn
 
 import heed
-from common import interleaved, report
+from common import digits_accuracy, interleaved, options, report
 from heed.layers.attention import PatternAttention
 from heed.layers.channel import ChannelGroupAttention
 from heed.layers.window import WindowAttention
@@ -101,23 +97,9 @@ def counts() -> list[list[object]]:
 
 def accuracy(blocks: tuple[str, ...], seed: int, epochs: int = 10) -> float:
     """Test accuracy on scikit-learn's digits of two stages of 16 and 32 channels."""
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(x))
-    images = torch.from_numpy(x[order]).float().view(-1, 1, 8, 8) / 16
-    labels = torch.from_numpy(y[order])
     torch.manual_seed(seed)
     model: Any = heed.create_model("davit_micro", dims=(16, 32), blocks=blocks, window_size=2)
-    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, epochs * 20)
-    for _ in range(epochs):
-        for batch in torch.randperm(1280).split(64):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    with torch.no_grad():
-        return (model.eval()(images[1280:]).argmax(1) == labels[1280:]).float().mean().item()
+    return digits_accuracy(model, epochs, 3e-3)
 
 
 def ablation(seeds: int) -> list[list[object]]:
@@ -134,16 +116,9 @@ def ablation(seeds: int) -> list[list[object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    rows = times(options.repeats) + counts() + ablation(options.seeds)
-    report("DaViT: window and channel attention", COLUMNS, rows, options.out)
+    given = options(__doc__)
+    rows = times(given.repeats) + counts() + ablation(given.seeds)
+    report("DaViT: window and channel attention", COLUMNS, rows, given.out)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,17 @@ channels and the same input and output projections.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from timm.models.focalnet import FocalModulation as TimmModulation
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import heed
-from common import interleaved, report
+from common import digits_accuracy, interleaved, options, report
 from heed.layers.focal import FocalModulation
 from heed.layers.registry import create_layer
 
@@ -89,10 +85,6 @@ def costs() -> list[list[object]]:
 
 def accuracy(levels: int, gates: str, seed: int, epochs: int = 6) -> float:
     """Test accuracy on scikit-learn's digits; `gates` "learned", or "fixed" to 1 / (L + 1)."""
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(x))
-    images = torch.from_numpy(x[order]).float().view(-1, 1, 8, 8) / 16
-    labels = torch.from_numpy(y[order])
     torch.manual_seed(seed)
     model = heed.create_model("focalnet_micro", dim=24, levels=(levels,) * 2)
     for layer in model.modules():
@@ -104,17 +96,7 @@ def accuracy(levels: int, gates: str, seed: int, epochs: int = 6) -> float:
             for parameter in (layer.f.weight, layer.f.bias):
                 parameter.register_hook(lambda grad, s=start: torch.cat([grad[:s], torch.zeros_like(grad[s:])]))
     # No weight decay, which would move the fixed gates.
-    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 6e-3, epochs * 20)
-    for _ in range(epochs):
-        for batch in torch.randperm(1280).split(64):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    with torch.no_grad():
-        return (model.eval()(images[1280:]).argmax(1) == labels[1280:]).float().mean().item()
+    return digits_accuracy(model, epochs, 6e-3, weight_decay=0.0)
 
 
 def learned(seeds: int) -> list[list[object]]:
@@ -130,16 +112,9 @@ def learned(seeds: int) -> list[list[object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    rows = times(options.repeats) + costs() + learned(options.seeds)
-    report("Focal modulation", COLUMNS, rows, options.out)
+    given = options(__doc__, repeats=9)
+    rows = times(given.repeats) + costs() + learned(given.seeds)
+    report("Focal modulation", COLUMNS, rows, given.out)
 
 
 if __name__ == "__main__":

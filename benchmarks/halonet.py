@@ -7,24 +7,19 @@ Times are of one layer on a map of 256 channels with 8 heads, blocks of 8 and a 
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
 import heed
-from common import interleaved, report
+from common import digits_accuracy, interleaved, options, report
 from heed.layers.halo import HaloAttention
 from heed.layers.neighborhood import NeighborhoodAttention2D
-from heed.vision.halonet import HaloNet
 
 COLUMNS = ["claim", "baseline", "baseline value", "heed", "ratio"]
 PAPER = {"h0": 5.5, "h1": 8.1, "h2": 9.4, "h3": 11.8, "h4": 19.1, "h5": 30.7, "h6": 43.4, "h7": 67.4}  # 10^6 parameters
@@ -123,10 +118,6 @@ def sizes() -> list[list[object]]:
 
 def accuracy(halo: int, seed: int, epochs: int = 8) -> float:
     """Test accuracy on scikit-learn's digits of a small HaloNet whose blocks meet through their halos alone."""
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(x))
-    images = torch.from_numpy(x[order]).float().view(-1, 1, 8, 8) / 16
-    labels = torch.from_numpy(y[order])
     torch.manual_seed(seed)
     # A stem that sees single pixels and no strides: nothing but the halo carries information between blocks.
     model = heed.create_model(
@@ -138,17 +129,7 @@ def accuracy(halo: int, seed: int, epochs: int = 8) -> float:
         block_size=2,
         halo_size=halo,
     )
-    optimiser = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, epochs * 20)
-    for _ in range(epochs):
-        for batch in torch.randperm(1280).split(64):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    with torch.no_grad():
-        return (cast(HaloNet, model).eval()(images[1280:]).argmax(1) == labels[1280:]).float().mean().item()
+    return digits_accuracy(model, epochs, 1e-2)
 
 
 def learned(seeds: int) -> list[list[object]]:
@@ -160,16 +141,9 @@ def learned(seeds: int) -> list[list[object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    rows = times(options.repeats) + exponents(options.repeats) + sizes() + learned(options.seeds)
-    report("Halo attention", COLUMNS, rows, options.out)
+    given = options(__doc__)
+    rows = times(given.repeats) + exponents(given.repeats) + sizes() + learned(given.seeds)
+    report("Halo attention", COLUMNS, rows, given.out)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,16 @@ Learning is on scikit-learn's digits with `illama_micro`; loss is the mean over 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import heed
-from common import interleaved, report
+from common import digits, interleaved, options, report
 from heed.vision.illama import (
     ROADMAP,
     ILlama,
@@ -76,12 +73,6 @@ def speed(repeats: int) -> list[list[object]]:
         [f"(8, 197, 384), 6 heads, mask {mode} softmax, ms", "no mask", base * 1e3, s * 1e3, s / base]
         for mode, s in seconds.items()
     ]
-
-
-def digits() -> tuple[Tensor, Tensor]:
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(x))
-    return torch.from_numpy(x[order]).float().view(-1, 1, 8, 8) / 16, torch.from_numpy(y[order])
 
 
 def train(model: ILlama, seed: int, rates: Tensor | None = None) -> float:
@@ -142,16 +133,9 @@ def learning(seeds: int) -> list[list[object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    rows = sizes() + speed(options.repeats) + learning(options.seeds)
-    report("iLLaMA: a LLaMA decoder as image classifier", COLUMNS, rows, options.out)
+    given = options(__doc__, seeds=2)
+    rows = sizes() + speed(given.repeats) + learning(given.seeds)
+    report("iLLaMA: a LLaMA decoder as image classifier", COLUMNS, rows, given.out)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,16 @@ Times are of one attention layer in float32, batch 1; the baseline is qkv, scale
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import heed
-from common import interleaved, report
+from common import digits_accuracy, interleaved, options, report
 from heed.layers.attention import PatternAttention
 from heed.layers.soft import SoftAttention, newton_inverse
 from heed.vision.soft import Soft
@@ -144,26 +141,12 @@ class NystromSoftmax(PatternAttention):
 
 def accuracy(attention: type[nn.Module] | str, seed: int, epochs: int = 15) -> float:
     """Test accuracy on scikit-learn's digits of a ViT of two blocks on 8 x 8 tokens."""
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(x))
-    images, labels = torch.from_numpy(x[order]).float().view(-1, 1, 8, 8) / 16, torch.from_numpy(y[order])
     torch.manual_seed(seed)
     model = heed.create_model("vit_micro", depth=2, attention=attention if isinstance(attention, str) else "softmax")
     if not isinstance(attention, str):
         for block in model.blocks:  # type: ignore[union-attr]
             block.attn = attention(64, 4)
-    optimiser = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, epochs * 20)
-    for _ in range(epochs):
-        for batch in torch.randperm(1280).split(64):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-    with torch.no_grad():
-        return (model.eval()(images[1280:]).argmax(1) == labels[1280:]).float().mean().item()
+    return digits_accuracy(model, epochs, 3e-3, clip=1.0)
 
 
 def learned(seeds: int) -> list[list[object]]:
@@ -174,16 +157,9 @@ def learned(seeds: int) -> list[list[object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    rows = speed(options.repeats) + growth(options.repeats) + memory() + sizes() + learned(options.seeds)
-    report("SOFT: attention without softmax", COLUMNS, rows, options.out)
+    given = options(__doc__, seeds=2)
+    rows = speed(given.repeats) + growth(given.repeats) + memory() + sizes() + learned(given.seeds)
+    report("SOFT: attention without softmax", COLUMNS, rows, given.out)
 
 
 if __name__ == "__main__":

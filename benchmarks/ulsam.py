@@ -8,20 +8,16 @@ heed has it, a bottleneck of MobileNet-V2 of the same width, and softmax attenti
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from timm.layers import SEModule
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 import heed
-from common import interleaved, report
+from common import digits_accuracy, interleaved, options, report
 from heed.layers.registry import create_layer
 from heed.layers.ulsam import ULSAM
 from heed.vision.ulsam import cost
@@ -92,23 +88,9 @@ def counts() -> list[list[object]]:
 
 def accuracy(replaced: tuple[int, ...], seed: int, epochs: int = 8) -> float:
     """Test accuracy of a small MobileNet-V2 on scikit-learn's digits."""
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(x))
-    images = torch.from_numpy(x[order]).float().view(-1, 1, 8, 8) / 16
-    labels = torch.from_numpy(y[order])
     torch.manual_seed(seed)
     model = heed.create_model("ulsam_micro", replaced=replaced)
-    optimiser = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, epochs * 20)
-    for _ in range(epochs):
-        for batch in torch.randperm(1280).split(64):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    with torch.no_grad():
-        return (model.eval()(images[1280:]).argmax(1) == labels[1280:]).float().mean().item()
+    return digits_accuracy(model, epochs, 1e-2)
 
 
 def learned(seeds: int) -> list[list[object]]:
@@ -124,16 +106,9 @@ def learned(seeds: int) -> list[list[object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    rows = times(options.repeats) + counts() + learned(options.seeds)
-    report("ULSAM", COLUMNS, rows, options.out)
+    given = options(__doc__, repeats=15)
+    rows = times(given.repeats) + counts() + learned(given.seeds)
+    report("ULSAM", COLUMNS, rows, given.out)
 
 
 if __name__ == "__main__":

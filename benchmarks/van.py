@@ -8,20 +8,17 @@ attention (PyTorch's scaled_dot_product_attention, heads of width 32, without it
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import heed
-from common import interleaved, report
+from common import digits_accuracy, interleaved, options, report
 from heed.layers.lka import LKA, lka_costs
 
 COLUMNS = ["claim", "baseline", "baseline value", "heed", "ratio"]
@@ -81,22 +78,9 @@ def counts() -> list[list[object]]:
 
 def accuracy(combine: str, seed: int, epochs: int = 6) -> float:
     """Test accuracy of a small VAN on scikit-learn's digits."""
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(x))
-    images = torch.from_numpy(x[order]).float().view(-1, 1, 8, 8) / 16
-    labels = torch.from_numpy(y[order])
     torch.manual_seed(seed)
     model = heed.create_model("van_micro", combine=combine)
-    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 5e-3, epochs * 20)
-    for _ in range(epochs):
-        for batch in torch.randperm(1280).split(64):
-            optimiser.zero_grad()
-            F.cross_entropy(model(images[batch]), labels[batch]).backward()
-            optimiser.step()
-            schedule.step()
-    with torch.no_grad():
-        return (model.eval()(images[1280:]).argmax(1) == labels[1280:]).float().mean().item()
+    return digits_accuracy(model, epochs, 5e-3)
 
 
 def learned(seeds: int) -> list[list[object]]:
@@ -112,16 +96,9 @@ def learned(seeds: int) -> list[list[object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    rows = times(options.repeats) + counts() + learned(options.seeds)
-    report("Large kernel attention", COLUMNS, rows, options.out)
+    given = options(__doc__)
+    rows = times(given.repeats) + counts() + learned(given.seeds)
+    report("Large kernel attention", COLUMNS, rows, given.out)
 
 
 if __name__ == "__main__":

@@ -387,3 +387,11 @@ def test_training_after_inference_mode(backend: str) -> None:
         heed.attend(q, q, q, Neighborhood((7, 13), 3), backend=backend)
     heed.attend(q, q, q, Neighborhood((7, 13), 3), backend=backend).sum().backward()
     assert q.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", "sdpa"])
+@pytest.mark.parametrize("pattern", [Grouped(torch.zeros(1, 2, 90).long()), ~Window(2)], ids=["groups", "not"])
+def test_relative_biases_need_axes_on_every_backend(backend: str, pattern: Pattern) -> None:
+    q = torch.randn(1, 2, 90, 8)
+    with pytest.raises(ValueError, match="needs a pattern with axes"):
+        heed.attend(q, q, q, pattern, bias=RelativeBias(torch.zeros(2, 3)), backend=backend)

@@ -65,15 +65,15 @@ def _run_plan(call: Call) -> Result:
 def _run_sorted(call: Call) -> Result:
     """Groups chosen by content: sort the tokens by label, so that a tile's keys lie together, and sort back."""
     assert isinstance(call.pattern, Grouped)  # checked by the caller
-    if call.bias is not None and not isinstance(call.bias, Tensor):
-        raise ValueError("backend 'tiled' cannot run relative biases over groups per head; use backend='reference'")
+    if isinstance(call.bias, RelativeBias | RelativeLogits):
+        axes_for(call.bias, call.pattern, call.n, call.m)  # says that such groups have no axes
     batch, heads = call.q.shape[:2]
     labels = call.pattern.labels.to(call.q.device).expand(batch, heads, -1)
     key_labels = call.pattern.keys.to(call.q.device).expand(batch, heads, -1)
     query_order, key_order = labels.argsort(stable=True), key_labels.argsort(stable=True)
     k, v = call.full_heads()
     bias = call.bias
-    if bias is not None:
+    if isinstance(bias, Tensor):
         full = bias.expand(batch, heads, call.n, call.m)
         bias = full.take_along_dim(query_order[..., None], 2).take_along_dim(key_order[:, :, None, :], 3)
     key_bias = call.key_mask
@@ -103,10 +103,13 @@ def _table(call: Call, plan: Plan, group: Tiles) -> tuple[Tensor, Tensor]:
     if bias is None:
         return (nothing if group.mask is None else group.mask[None]), group.mask_of
     mask = 0.0 if group.mask is None else group.mask
-    if isinstance(bias, RelativeBias):
-        axes_for(bias, call.pattern, call.n, call.m)
+    if not isinstance(bias, Tensor):
+        if group.offsets is None:
+            axes_for(bias, call.pattern, call.n, call.m)  # says that the pattern has no axes
         assert group.offsets is not None  # patterns with axes have them
-        return bias.at(list(group.offsets)) + mask, group.mask_of
+        bias.check(len(group.offsets))
+        if isinstance(bias, RelativeBias):
+            return bias.at(list(group.offsets)) + mask, group.mask_of
     values = _logits(bias, call, group) if isinstance(bias, RelativeLogits) else _gathered(bias, call, plan, group)
     if group.mask is not None:  # (X, T, tq, width): every tile has a table of its own
         chosen = group.mask[group.mask_of].transpose(2, 3).flatten(3)  # (G, T, tq, slots * width)
@@ -116,8 +119,7 @@ def _table(call: Call, plan: Plan, group: Tiles) -> tuple[Tensor, Tensor]:
 
 def _logits(bias: RelativeLogits, call: Call, group: Tiles) -> Tensor:
     """(B * H, T, tq, width) relative logits of every tile."""
-    axes_for(bias, call.pattern, call.n, call.m)
-    assert group.offsets is not None  # patterns with axes have them
+    assert group.offsets is not None  # checked by the caller
     of_tile = group.mask_of[0, :, 0]
     total = None
     for logits, centre, offsets in zip(bias.logits, bias.centre, group.offsets, strict=True):
