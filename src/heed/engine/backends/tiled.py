@@ -80,7 +80,7 @@ def _run_sorted(call: Call) -> Result:
     if key_bias is not None:  # the mask now differs per head, so it joins the bias
         hidden = torch.zeros(key_bias.shape, device=k.device).masked_fill(~key_bias, -torch.inf)
         hidden = hidden[:, None, :].expand(batch, heads, -1).gather(-1, key_order)[:, :, None, :]
-        bias = hidden if bias is None else bias + hidden
+        bias = bias + hidden if isinstance(bias, Tensor) else hidden
     ordered = replace(
         call,
         q=call.q.take_along_dim(query_order[..., None], 2),
