@@ -1,7 +1,7 @@
 """heed: choose what a model pays attention to.
 
 The public face: `attend` and `patterns` (the engine), `create_model` and `from_pretrained` (models by name),
-`create_layer` (attention layers by name) and `catalogue` (the 72 systems).
+`create_layer` (attention layers by name), `apply` (methods on host models) and `catalogue` (the 72 systems).
 """
 
 import sys
@@ -11,11 +11,14 @@ from heed.engine import patterns
 from heed.engine.attend import attend
 from heed.engine.bias import RelativeBias, RelativeLogits
 from heed.layers.registry import create_layer
+from heed.methods import Method, apply
 from heed.models import create_model, from_pretrained
 
 __all__ = [
+    "Method",
     "RelativeBias",
     "RelativeLogits",
+    "apply",
     "attend",
     "catalogue",
     "create_layer",

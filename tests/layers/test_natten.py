@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -494,57 +493,6 @@ def test_block_mask_of_groups_per_head_and_wrong_sizes() -> None:
     torch.testing.assert_close(flex_attention(q, k, v, block_mask=mask), expected, **EXACT)
     with pytest.raises(ValueError, match="64 tokens, but there are 60"):
         natten.block_mask(Neighborhood((8, 8), 3), 60)
-
-
-def dinat_heads_first(x: Tensor) -> Tensor:
-    # transformers 5.23 hands over (B, W, H, heads, d): it brings the heads forward by transpose(1, 2), which swaps the
-    # axes of the map instead. NATTEN's functions, and the bias table beside them, want (B, heads, H, W, d).
-    return x.permute(0, 3, 2, 1, 4)
-
-
-def dinat_dense(self: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
-    """What transformers' DiNAT layer should compute, dense and from its hidden states (B, H, W, C)."""
-    height, width = hidden_states.shape[1:3]
-    q, k, v = (
-        project(hidden_states).flatten(1, 2).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-        for project in (self.query, self.key, self.value)
-    )
-    w = Neighborhood((height, width), self.kernel_size, self.dilation)
-    out = attend(q, k, v, w, bias=RelativeBias(self.rpb), backend="reference")
-    return (out.transpose(1, 2).reshape(hidden_states.shape),)  # type: ignore[union-attr]
-
-
-def test_dinat_of_transformers_runs_on_these_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
-    from transformers import DinatConfig, DinatModel
-    from transformers.models.dinat import modeling_dinat
-
-    def qkrpb(query: Tensor, key: Tensor, *settings: Any) -> Tensor:
-        return natten.natten2dqkrpb(dinat_heads_first(query), dinat_heads_first(key), *settings)
-
-    def av(attn: Tensor, value: Tensor, *settings: Any) -> Tensor:
-        return natten.natten2dav(attn, dinat_heads_first(value), *settings)
-
-    monkeypatch.setattr(modeling_dinat, "requires_backends", lambda *_: None)
-    monkeypatch.setattr(modeling_dinat, "natten2dqkrpb", qkrpb)
-    monkeypatch.setattr(modeling_dinat, "natten2dav", av)
-    config = DinatConfig(
-        embed_dim=8, depths=[2, 1], num_heads=[2, 4], kernel_size=3, dilations=[[1, 2], [1]], drop_path_rate=0.0
-    )
-    model = DinatModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("rpb"):
-            torch.nn.init.normal_(parameter)  # so that a wrong offset would show
-    other = copy.deepcopy(model)
-    image = torch.randn(2, 3, 40, 28)
-    ours = model(image).last_hidden_state
-    ours.square().sum().backward()
-    monkeypatch.setattr(modeling_dinat.NeighborhoodAttention, "forward", dinat_dense)
-    expected = other(image).last_hidden_state
-    expected.square().sum().backward()
-    torch.testing.assert_close(ours, expected, **EXACT)
-    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_catalogue_lists_the_functions() -> None:

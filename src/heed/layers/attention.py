@@ -74,9 +74,19 @@ class PatternAttention(nn.Module):
         layout = tuple(x.shape[1:-1])
         tokens = math.prod(layout)
         q, k, v = self.qkv(x).view(x.shape[0], tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        dropout = self.attn_drop if self.training else 0.0
-        y = attend(q, k, v, self.pattern(layout), bias=self.bias(), scale=self.scale, dropout=dropout)
+        y = self.mix(q, k, v, layout)
         return self.proj_drop(self.proj(y.transpose(1, 2).reshape(x.shape)))
+
+    def mix(
+        self,
+        q: Float[Tensor, "B heads N d"],
+        k: Float[Tensor, "B heads N d"],
+        v: Float[Tensor, "B heads N d"],
+        layout: tuple[int, ...],
+    ) -> Float[Tensor, "B heads N d"]:
+        """Attention between the two projections."""
+        dropout = self.attn_drop if self.training else 0.0
+        return attend(q, k, v, self.pattern(layout), bias=self.bias(), scale=self.scale, dropout=dropout)
 
 
 @layers.register("softmax")
