@@ -96,7 +96,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(heed.compare, "classify", interrupted)
+    monkeypatch.setattr(heed.compare, "run", interrupted)
     args = ["compare", "classify", "--methods", "softmax", "--fresh", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["heed", *args])
     result = _heed(*args)

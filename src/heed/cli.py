@@ -7,10 +7,13 @@ import inspect
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from heed.compare import Settings
 
 # What is heavy is imported by the command that needs it, so that `heed --help` answers at once.
 
@@ -139,17 +142,22 @@ def classify(
     """Compare methods on classifying images: a ranked table, report.html and the winner as a model."""
     given = {**locals(), "methods": [name.strip() for name in methods.split(",") if name.strip()], "out": str(out)}
 
-    from heed.compare import Settings
-    from heed.compare import classify as run
+    from heed.compare import ClassifySettings
+
+    _run(ClassifySettings(**given))
+
+
+def _run(settings: Settings) -> None:
+    """Carry out a comparison with a live display, print its table and write its report."""
+    from heed import compare
     from heed.compare.progress import LiveProgress
     from heed.compare.report import write_report
     from heed.compare.table import print_results
 
-    settings = Settings(**given)
     with LiveProgress(settings.methods, settings.seeds) as show:
-        results = run(settings, on_progress=show)
+        results = compare.run(settings, on_progress=show)
     print_results(results)
-    typer.echo(f"report: {write_report(results, out)}")
+    typer.echo(f"report: {write_report(results, settings.out)}")
 
 
 @app.command()

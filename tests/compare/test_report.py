@@ -17,37 +17,40 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import heed
+from heed.compare import ClassifySettings
 from heed.compare.report import write_report
-from heed.compare.results import Accuracy, Best, Curve, DataSummary, Machine, MethodResult, Results
-from heed.compare.settings import Settings
+from heed.compare.results import Best, Curve, DataSummary, Machine, MethodResult, Results, Score
 from heed.compare.table import headline, print_results, quantity
+from heed.compare.tracks.classify.track import TRACK
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def _row(name: str, mean: float, rank: int, tied: tuple[str, ...] = ()) -> MethodResult:
     steps = tuple(range(12, 121, 12))
+    loss = tuple(2.0 / step**0.5 for step in steps)
     curves = tuple(
-        Curve(seed, steps, tuple(2.0 / step**0.5 for step in steps), tuple(mean - 2 / (step + seed) for step in steps))
+        Curve(seed, steps, {"loss": loss, "accuracy": tuple(mean - 2 / (step + seed) for step in steps)})
         for seed in range(3)
     )
-    accuracy = Accuracy(mean, 0.004, (mean - 0.004, mean, mean + 0.004))
-    return MethodResult(
-        name, "ok", accuracy, None, rank, tied, 120, 143_210, 2_400_000, 4100.0, 9900.0, 48 << 20, curves
-    )
+    scores = {"accuracy": Score(mean, 0.004, (mean - 0.004, mean, mean + 0.004))}
+    costs = {"parameters": 143_210, "flops": 2_400_000, "train": 4100.0, "infer": 9900.0, "memory": 48 << 20}
+    return MethodResult(name, "ok", scores, None, rank, tied, 120, costs, curves)
 
 
-FAILED = MethodResult("halo", "failed", Accuracy(None, None, (None,) * 3), "ValueError: pad the map by <2> & try again")
+NONE = {"accuracy": Score(None, None, (None,) * 3)}
+FAILED = MethodResult("halo", "failed", NONE, "ValueError: pad the map by <2> & try again")
 WINNER = _row("neighborhood", 0.97, 1)
 TIED = (_row("neighborhood", 0.97, 1, ("hilo",)), _row("hilo", 0.968, 1, ("neighborhood",)), _row("softmax", 0.95, 3))
 
 
 def _results(*rows: MethodResult) -> Results:
-    settings = Settings(methods=tuple(row.method for row in rows))
+    settings = ClassifySettings(methods=tuple(row.method for row in rows))
     machine = Machine("A processor", 4, 2, "cpu", "2.11.0", "0.1.0", "3.11.7")
-    data = DataSummary("digits", tuple("0123456789"), 1437, 360, (1, 8, 8), ("a fifth was set apart",))
+    details = {"classes": list("0123456789"), "image": [1, 8, 8]}
+    data = DataSummary("digits", 1437, 360, "images", details, ("a fifth was set apart",))
     best = Best(rows[0].method, 2, "best") if rows[0].status == "ok" else None
-    return Results("classify", settings.to_json(), machine, data, rows, best)
+    return Results("classify", settings.to_json(), machine, data, TRACK.metrics, TRACK.costs, rows, best)
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ def test_report_can_be_rebuilt_from_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ((WINNER, _row("softmax", 0.9, 2), FAILED), "neighborhood wins on digits: it gets 97.0 %"),
+        ((WINNER, _row("softmax", 0.9, 2), FAILED), "neighborhood wins on digits: it reaches accuracy 97.0 %"),
         (TIED, "It is a tie at the top on digits: neighborhood and hilo lead"),
         (TIED[:2], "It is a tie on digits: neighborhood and hilo differ"),
         ((WINNER, FAILED), "nothing to compare"),
@@ -111,9 +114,8 @@ def test_headline(rows: tuple[MethodResult, ...], words: str, tmp_path: Path) ->
 
 
 def test_one_seed_and_missing_costs_are_shown_as_unknown(tmp_path: Path) -> None:
-    row = dataclasses.replace(
-        WINNER, accuracy=Accuracy(0.97, None, (0.97,)), curves=(), flops=None, peak_memory_bytes=None
-    )
+    costs = {**WINNER.costs, "flops": None, "memory": None}
+    row = dataclasses.replace(WINNER, scores={"accuracy": Score(0.97, None, (0.97,))}, curves=(), costs=costs)
     page = write_report(_results(row), tmp_path).read_text()
     assert "97.0 %" in page
     assert "±" not in page.split("<tbody>")[1]

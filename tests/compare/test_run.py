@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 import heed
-from heed.compare import Results, Settings, classify
+from heed.compare import ClassifySettings, Results, run
 from heed.compare.executors import Processes
 from heed.compare.progress import LiveProgress, Progress
 from heed.layers.registry import layers
@@ -37,17 +37,20 @@ def images(tmp_path_factory):
 
 def settings_for(images, out, **changes):
     chosen = {"steps": 8, "seeds": 2, "batch_size": 8, "threads": 1, "device": "cpu", **changes}
-    return Settings(chosen.pop("methods", METHODS), data=images, out=str(out), **chosen)
+    return ClassifySettings(chosen.pop("methods", METHODS), data=images, out=str(out), **chosen)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(images, tmp_path_factory):
-    return classify(settings_for(images, tmp_path_factory.mktemp("undisturbed")))
+    return run(settings_for(images, tmp_path_factory.mktemp("undisturbed")))
 
 
 def table(results):
     """What must not depend on how a run was carried out."""
-    return [(r.method, r.status, r.rank, r.tied_with, r.accuracy, r.steps, r.flops, r.curves) for r in results.methods]
+    return [
+        (r.method, r.status, r.rank, r.tied_with, r.scores, r.steps, r.costs["flops"], r.curves)
+        for r in results.methods
+    ]
 
 
 def test_results(undisturbed):
@@ -55,7 +58,7 @@ def test_results(undisturbed):
     assert Results.read(out / "results.json") == undisturbed
     assert {row.method for row in undisturbed.methods} == set(METHODS)
     assert all(row.status == "ok" and len(row.curves) == 2 for row in undisturbed.methods)
-    assert (undisturbed.data.train, undisturbed.data.test, undisturbed.data.image) == (48, 12, (1, 8, 8))
+    assert (undisturbed.data.train, undisturbed.data.test, undisturbed.data.details["image"]) == (48, 12, [1, 8, 8])
     best = undisturbed.best
     trial = heed.from_pretrained(out / "trials" / f"{best.method}-{best.seed}" / "model").state_dict()
     assert all(torch.equal(v, trial[k]) for k, v in heed.from_pretrained(out / best.path).state_dict().items())
@@ -66,23 +69,23 @@ def test_results(undisturbed):
 
 def test_a_finished_run_is_not_done_again(images, undisturbed):
     news = []
-    again = classify(settings_for(images, undisturbed.settings["out"]), on_progress=news.append)
+    again = run(settings_for(images, undisturbed.settings["out"]), on_progress=news.append)
     assert again == undisturbed
     assert {n.stage for n in news} == {"trained"}
 
 
 def test_a_run_with_other_settings_is_refused_unless_fresh(images, tmp_path):
-    classify(settings_for(images, tmp_path, methods=("softmax",), steps=1, seeds=1))
+    run(settings_for(images, tmp_path, methods=("softmax",), steps=1, seeds=1))
     other = settings_for(images, tmp_path, methods=("softmax",), steps=2, seeds=1)
     with pytest.raises(ValueError, match=r"other settings: steps was 1 and is 2; choose another --out.*--fresh"):
-        classify(other)
-    assert classify(dataclasses.replace(other, fresh=True)).methods[0].steps == 2
+        run(other)
+    assert run(dataclasses.replace(other, fresh=True)).methods[0].steps == 2
 
 
 def test_a_method_that_crashes_is_a_row(images, tmp_path, monkeypatch):
     layers.names()
     monkeypatch.setitem(layers._entries, "unbuildable", lambda dim, num_heads, grid: 1 / 0)
-    results = classify(settings_for(images, tmp_path, methods=("unbuildable", "softmax"), seeds=1))
+    results = run(settings_for(images, tmp_path, methods=("unbuildable", "softmax"), seeds=1))
     fine, failed = results.methods
     assert (fine.method, fine.status, fine.rank) == ("softmax", "ok", 1)
     assert (failed.method, failed.status, failed.rank) == ("unbuildable", "failed", None)
@@ -91,46 +94,46 @@ def test_a_method_that_crashes_is_a_row(images, tmp_path, monkeypatch):
 
 
 def test_minutes_give_every_trial_its_share(images, tmp_path):
-    results = classify(settings_for(images, tmp_path, methods=("softmax",), steps=None, minutes=0.02, seeds=1))
+    results = run(settings_for(images, tmp_path, methods=("softmax",), steps=None, minutes=0.02, seeds=1))
     row = results.methods[0]
-    training = 0.02 * 60 - 8 * results.data.test / row.infer_images_per_second
-    assert row.steps == max(1, int(training * row.train_images_per_second / 8))
+    training = 0.02 * 60 - 8 * results.data.test / row.costs["infer"]
+    assert row.steps == max(1, int(training * row.costs["train"] / 8))
 
 
 def test_folders_that_cannot_be_used(images, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ValueError, match="is a file; name a folder"):
-        classify(settings_for(images, file))
+        run(settings_for(images, file))
     with pytest.raises(OSError, match="cannot be written"):
-        classify(settings_for(images, "/proc/heed"))
+        run(settings_for(images, "/proc/heed"))
 
 
 def test_unknown_methods_stop_the_run_before_it_begins(images, tmp_path):
     with pytest.raises(ValueError, match="did you mean 'softmax'"):
-        classify(settings_for(images, tmp_path / "out", methods=("softmaks",)))
+        run(settings_for(images, tmp_path / "out", methods=("softmaks",)))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(images, tmp_path, undisturbed):
     settings = settings_for(images, tmp_path)
-    script = f"from heed.compare import Settings, classify; classify({settings!r})"
+    script = f"from heed.compare import ClassifySettings, run; run({settings!r})"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment)
     try:
         while not list(tmp_path.glob("trials/*/checkpoint-*")):
-            assert run.poll() is None, "the run ended before it could be killed"
+            assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.005)
     finally:
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert not (tmp_path / "results.json").exists()
-    assert table(classify(settings)) == table(undisturbed)
+    assert table(run(settings)) == table(undisturbed)
 
 
 def test_several_processes_find_the_same(images, tmp_path, undisturbed):
     news = []
-    results = classify(settings_for(images, tmp_path, jobs=2), on_progress=news.append)
+    results = run(settings_for(images, tmp_path, jobs=2), on_progress=news.append)
     assert table(results) == table(undisturbed)
     assert sum(n.stage == "trained" for n in news) == 4
 
@@ -139,7 +142,7 @@ def test_several_processes_find_the_same(images, tmp_path, undisturbed):
 def test_two_launched_processes_share_every_trial(images, tmp_path, undisturbed):
     script = tmp_path / "launched.py"
     settings = settings_for(images, tmp_path / "out")
-    script.write_text(f"from heed.compare import Settings, classify\nclassify({settings!r})\n")
+    script.write_text(f"from heed.compare import ClassifySettings, run\nrun({settings!r})\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     subprocess.run(launch, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     results = Results.read(tmp_path / "out" / "results.json")
@@ -148,7 +151,7 @@ def test_two_launched_processes_share_every_trial(images, tmp_path, undisturbed)
         assert row.status == "ok"
         # The gradient is the same sum in another order.
         for curve, other in zip(row.curves, alone[row.method].curves, strict=True):
-            assert curve.loss == pytest.approx(other.loss, abs=1e-3)
+            assert curve.values["loss"] == pytest.approx(other.values["loss"], abs=1e-3)
 
 
 def _mark(path, report):
@@ -177,7 +180,7 @@ def test_two_ray_workers_find_the_same(images, tmp_path, undisturbed, monkeypatc
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         news = []
-        results = classify(settings_for(images, tmp_path, ray="auto"), on_progress=news.append)
+        results = run(settings_for(images, tmp_path, ray="auto"), on_progress=news.append)
     finally:
         ray.shutdown()
     assert table(results) == table(undisturbed)
@@ -189,9 +192,9 @@ def test_the_display_takes_all_news(capsys):
         show(Progress("softmax", None, "measuring"))
         show(Progress("softmax", None, "measured"))
         show(Progress("softmax", 0, "training", 1, 2, 0.5))
-        show(Progress("softmax", 0, "training", 2, 2, 0.5, 0.75))
-        show(Progress("softmax", 0, "trained", 2, 2, None, 0.75))
+        show(Progress("softmax", 0, "training", 2, 2, 0.5, "accuracy 75.0 %"))
+        show(Progress("softmax", 0, "trained", 2, 2, None, "accuracy 75.0 %"))
         show(Progress("hilo", None, "failed", error="broke"))
     printed = capsys.readouterr().out
-    assert "softmax, seed 0: test 75.0%" in printed
+    assert "softmax, seed 0: accuracy 75.0 %" in printed
     assert "hilo: failed: broke" in printed

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 import heed
-from heed.compare.host import build_model, check_methods
-from heed.compare.learner import Learner, check_device
-from heed.compare.measure import count_flops, measure
-from heed.compare.settings import Settings
+from heed.compare import ClassifySettings
+from heed.compare.machine import check_device
+from heed.compare.tracks.classify.host import build_model, check_methods
+from heed.compare.tracks.classify.learner import Learner
+from heed.compare.tracks.classify.measure import count_flops, measure
+from heed.compare.tracks.classify.track import TRACK
 from heed.compare.trial import TrialResult, run_trial
 from heed.data.images import ImageData
 from heed.layers.registry import layers
@@ -33,7 +35,7 @@ def data():
 
 @pytest.fixture
 def settings(tmp_path):
-    return Settings(("softmax",), out=str(tmp_path), batch_size=8, steps=STEPS, device="cpu")
+    return ClassifySettings(("softmax",), out=str(tmp_path), batch_size=8, steps=STEPS, device="cpu")
 
 
 @pytest.fixture
@@ -55,14 +57,14 @@ def test_a_trial_learns_and_leaves_its_model(settings, data):
     news = []
     result = trial(settings, data, report=news.append)
     assert (result.status, result.error) == ("ok", None)
-    assert result.accuracy == 1.0
+    assert result.scores == {"accuracy": 1.0}
     assert result.curve.step[-1] == STEPS
-    assert result.curve.loss[-1] < result.curve.loss[0]
+    assert result.curve.values["loss"][-1] < result.curve.values["loss"][0]
     assert [n.stage for n in news][-2:] == ["training", "trained"]
     folder = f"{settings.out}/trials/softmax-0"
     assert heed.from_pretrained(f"{folder}/model").config.num_classes == 2
     with open(f"{folder}/result.json") as file:
-        assert json.load(file)["accuracy"] == 1.0
+        assert json.load(file)["scores"] == {"accuracy": 1.0}
 
 
 @pytest.mark.parametrize("stop", [3, 11, STEPS])
@@ -71,7 +73,7 @@ def test_an_interrupted_trial_ends_as_an_undisturbed_one(settings, data, tmp_pat
         if news.stage == "training" and news.step == stop:
             raise KeyboardInterrupt
 
-    other = Settings(**{**settings.to_json(), "out": str(tmp_path / "other")})
+    other = ClassifySettings(**{**settings.to_json(), "out": str(tmp_path / "other")})
     undisturbed = trial(other, data)
     with pytest.raises(KeyboardInterrupt):
         trial(settings, data, report=interrupt)
@@ -140,14 +142,14 @@ def test_flops_are_those_of_the_formula(data):
 
 
 def test_measures(settings, data):
-    found = measure(settings, "softmax", data, threads=1)
+    machine, found = measure(settings, "softmax", data, threads=1)
     size = sum(p.numel() for p in build_model("softmax", data).parameters())
-    assert found.parameters == size
-    assert found.train_images_per_second > 0
-    assert found.infer_images_per_second > found.train_images_per_second
+    assert found["parameters"] == size
+    assert found["train"] > 0
+    assert found["infer"] > found["train"]
     # Parameters, gradients and Adam's two moments, and less than a hundred times that.
-    assert 4 * 4 * size < found.peak_memory_bytes < 100 * 16 * size
-    assert found.machine.device == "cpu"
+    assert 4 * 4 * size < found["memory"] < 100 * 16 * size
+    assert machine.device == "cpu"
 
 
 def test_models_are_methods_too(data):
@@ -165,9 +167,9 @@ def test_unknown_methods_are_refused_with_the_nearest_name():
 
 def test_wrong_devices_are_refused():
     with pytest.raises(ValueError, match="'gpu9' is not a device"):
-        check_device("gpu9", "fp32")
+        check_device("gpu9")
     with pytest.raises(ValueError, match="needs an accelerator"):
-        check_device("cpu", "fp16")
+        TRACK.check(ClassifySettings(("softmax",), device="cpu", precision="fp16"))
 
 
 def test_settings_are_checked():
@@ -179,6 +181,6 @@ def test_settings_are_checked():
         ({"minutes": float("nan")}, "minutes=nan"),
     ]:
         with pytest.raises(ValueError, match=message):
-            Settings(("softmax",), **wrong)
+            ClassifySettings(("softmax",), **wrong)
     with pytest.raises(ValueError, match="softmax more than once"):
-        Settings(("softmax", "softmax"))
+        ClassifySettings(("softmax", "softmax"))

@@ -6,23 +6,24 @@ from typing import TYPE_CHECKING
 
 from heed.compare.results import Results
 from heed.compare.settings import Settings
+from heed.compare.tracks.classify.settings import ClassifySettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from heed.compare.progress import Progress
 
-__all__ = ["Results", "Settings", "classify"]
+__all__ = ["ClassifySettings", "Results", "Settings", "run"]
 
 
-def classify(settings: Settings, *, on_progress: Callable[[Progress], None] | None = None) -> Results:
-    """Train and measure every method on a classification task; write and return the results.
+def run(settings: Settings, *, on_progress: Callable[[Progress], None] | None = None) -> Results:
+    """Carry out a comparison; write and return the results.
 
-    Everything is written below `settings.out`: results.json, one folder per trial, the best model and six test images.
-    A run that was interrupted goes on where it was when this is called again with the same settings.
+    Everything is written below `settings.out`: results.json, one folder per trial and, where models are trained, the
+    best one. A run that was interrupted goes on where it was when this is called again with the same settings.
 
     Args:
-        settings: see `Settings`.
+        settings: of one of the tracks, such as `ClassifySettings`.
         on_progress: called in this process with every `heed.compare.progress.Progress`.
 
     Raises:
@@ -30,6 +31,6 @@ def classify(settings: Settings, *, on_progress: Callable[[Progress], None] | No
         OSError: `out` cannot be written.
         MissingExtra: a library of the `compare` or `ray` extra is not installed.
     """
-    from heed.compare.run import run_classify
+    from heed.compare.running import run as carry_out
 
-    return run_classify(settings, on_progress=on_progress)
+    return carry_out(settings, on_progress=on_progress)

@@ -19,9 +19,9 @@ class Progress:
         method: whose.
         seed: of which trial; None while the method is measured.
         stage: what is going on, or how it ended.
-        step, steps: optimiser steps done, and to be done; 0 while measuring.
+        step, steps: what is done, and to be done; 0 while measuring, and where a track does not count.
         loss: mean training loss lately; None when there is none.
-        accuracy: on the test images, the last that was measured, 0 to 1.
+        score: the last that was taken, in words: "accuracy 97.8 %".
         error: what went wrong, when the stage is "failed".
     """
 
@@ -31,7 +31,7 @@ class Progress:
     step: int = 0
     steps: int = 0
     loss: float | None = None
-    accuracy: float | None = None
+    score: str | None = None
     error: str | None = None
 
 
@@ -78,10 +78,10 @@ class LiveProgress:
         elif news.stage == "training":
             self._bars.update(self._whole, news="")
             parts = [f"loss {news.loss:.3f}"] if news.loss is not None else []
-            parts += [f"test {news.accuracy:.1%}"] if news.accuracy is not None else []
+            parts += [news.score] if news.score is not None else []
             self._bars.update(self._row(news), completed=news.step, total=news.steps, news="  ".join(parts))
         elif news.stage == "trained":
-            self._end(news, f"test {news.accuracy:.1%}" if news.accuracy is not None else "")
+            self._end(news, news.score or "done")
         elif news.stage == "failed":
             self._end(news, f"[red]failed[/red]: {news.error}")
 

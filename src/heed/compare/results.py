@@ -1,10 +1,12 @@
-"""What a comparison found: the schema of results.json, version 1.
+"""What a comparison found: the schema of results.json, version 2.
 
     Results
       schema, track, settings
       machine   cpu, cores, threads, device, torch, heed, python
-      data      name, classes, train, test, image
-      methods   in order of rank, those that failed last; each with accuracy, costs and curves
+      data      name, train, test, unit, details
+      metrics   the scores that were taken; methods are ranked by the first
+      costs     what was measured besides
+      methods   in order of rank, those that failed last; each with scores, costs and curves
       best      the trained model to take away
 
 `Results.write` and `Results.read` are the only way in and out of the file.
@@ -20,7 +22,7 @@ from typing import Any, Literal, Self
 
 from heed.checkpoint import write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,63 @@ class Machine:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What was learnt.
+    """What was learnt, or tested on.
 
     Args:
         name: "digits", or the path or name that was given.
-        classes: names of the classes, in the order of the labels.
-        train, test: numbers of images.
-        image: (channels, height, width) as the models see them.
+        train, test: how many there are of each.
+        unit: of what: "images", "questions", "bags".
+        details: what a track says beside that, such as the names of the classes; plain JSON values.
         notes: what was done to the data that the user should know: files left out, images resized, a split made.
     """
 
     name: str
-    classes: tuple[str, ...]
     train: int
     test: int
-    image: tuple[int, int, int]
+    unit: str
+    details: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Share of the test images a method gets right at the end of training, 0 to 1.
+class Metric:
+    """A score of a trial.
+
+    Args:
+        name: key of the scores.
+        title: as a table says it.
+        better: whether "higher" or "lower" is better.
+        form: "percent" for a share of the test examples, 0 to 1; "number" for anything else.
+    """
+
+    name: str
+    title: str
+    better: Literal["higher", "lower"] = "higher"
+    form: Literal["percent", "number"] = "percent"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs.
+
+    Args:
+        name: key of the costs.
+        short: as the terminal's table says it.
+        title: as the report says it; the same when empty.
+        unit: written behind the number and its prefix, such as "B".
+        plot: what the report's chart of score against this cost is called; empty for no chart.
+    """
+
+    name: str
+    short: str
+    title: str = ""
+    unit: str = ""
+    plot: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of a method over its seeds.
 
     Args:
         mean: over the seeds that finished; None when none did.
@@ -86,14 +124,23 @@ class Curve:
     Args:
         seed: which trial.
         step: optimiser steps done.
-        loss: mean training loss since the point before.
-        accuracy: on the test images, 0 to 1. Nothing is chosen by it during training.
+        values: by name: "loss", the mean training loss since the point before, and metrics on the test data. Nothing
+            is chosen by them during training.
     """
 
     seed: int
     step: tuple[int, ...] = ()
-    loss: tuple[float, ...] = ()
-    accuracy: tuple[float, ...] = ()
+    values: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def add(self, step: int, **values: float) -> Curve:
+        """This curve with one more point."""
+        longer = {name: (*self.values.get(name, ()), value) for name, value in values.items()}
+        return Curve(self.seed, (*self.step, step), longer)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(values["seed"], tuple(values["step"]), _tuples(values["values"]))
 
 
 @dataclass(frozen=True)
@@ -103,40 +150,33 @@ class MethodResult:
     Args:
         method: the name given to `--methods`.
         status: "ok" when it was measured and every seed finished, else "failed".
+        scores: by the names of the metrics.
         error: what went wrong, in one line; None when ok.
         rank: 1 + how many methods are better by more than the spread; None when failed.
         tied_with: methods whose difference from this one is smaller than the spread.
-        accuracy: see `Accuracy`.
-        steps: optimiser steps every trial of the method was given.
-        parameters: trainable numbers.
-        flops: per image and forward pass, counted as torch counts (2 x multiply-adds).
-        train_images_per_second, infer_images_per_second: medians, at the batch size of the settings.
-        peak_memory_bytes: most memory that tensors held during a training step; see `heed.compare.measure`.
+        steps: optimiser steps every trial of the method was given; 0 where the track has none.
+        costs: by the names of the costs; None where it is not known.
         curves: one per seed that began.
     """
 
     method: str
     status: Literal["ok", "failed"]
-    accuracy: Accuracy
+    scores: dict[str, Score]
     error: str | None = None
     rank: int | None = None
     tied_with: tuple[str, ...] = ()
-    steps: int | None = None
-    parameters: int | None = None
-    flops: int | None = None
-    train_images_per_second: float | None = None
-    infer_images_per_second: float | None = None
-    peak_memory_bytes: int | None = None
+    steps: int = 0
+    costs: dict[str, float | None] = field(default_factory=dict)
     curves: tuple[Curve, ...] = ()
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best seed of the first-ranked method.
+    """The best seed of the first-ranked method, where the track trains models.
 
     Args:
         method, seed: which trial.
-        path: folder of the trained model, relative to the folder of results.json; for `heed.from_pretrained`.
+        path: folder of the trained model, relative to the folder of results.json.
     """
 
     method: str
@@ -149,11 +189,13 @@ class Results:
     """Everything `heed compare` found; see the module for the parts.
 
     Args:
-        track: "classify".
+        track: name of the track.
         settings: the settings of the run, as JSON.
         machine, data: where and on what.
+        metrics: the scores; methods are ranked by the first.
+        costs: what a method costs.
         methods: in order of rank, those that failed last.
-        best: None when every method failed.
+        best: None when every method failed, or the track trains no models.
         schema: version of this layout.
     """
 
@@ -161,6 +203,8 @@ class Results:
     settings: dict[str, Any]
     machine: Machine
     data: DataSummary
+    metrics: tuple[Metric, ...]
+    costs: tuple[Cost, ...] = ()
     methods: tuple[MethodResult, ...] = ()
     best: Best | None = None
     schema: int = field(default=SCHEMA)
@@ -184,7 +228,9 @@ class Results:
                 track=values["track"],
                 settings=values["settings"],
                 machine=Machine(**values["machine"]),
-                data=DataSummary(**_tuples(values["data"])),
+                data=DataSummary(**{**values["data"], "notes": tuple(values["data"]["notes"])}),
+                metrics=tuple(Metric(**metric) for metric in values["metrics"]),
+                costs=tuple(Cost(**cost) for cost in values["costs"]),
                 methods=tuple(_method(row) for row in values["methods"]),
                 best=None if best is None else Best(**best),
             )
@@ -211,8 +257,8 @@ class Results:
 
 def _method(row: dict[str, Any]) -> MethodResult:
     values = _tuples(row)
-    values["accuracy"] = Accuracy(**_tuples(row["accuracy"]))
-    values["curves"] = tuple(Curve(**_tuples(curve)) for curve in row["curves"])
+    values["scores"] = {name: Score(**_tuples(score)) for name, score in row["scores"].items()}
+    values["curves"] = tuple(Curve.from_json(curve) for curve in row["curves"])
     return MethodResult(**values)
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from heed.compare.results import Accuracy, MethodResult, Results
+from heed.compare.results import Cost, MethodResult, Metric, Results, Score
 
 NOTHING = "–"
 MANY = 10  # tied pairs that a terminal can still list
@@ -21,7 +21,8 @@ def print_results(results: Results, console: Console | None = None) -> None:
     """
     console = console or Console(highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("", "method", "accuracy", "parameters", "FLOPs", "train/s", "infer/s", "memory"):
+    metrics = [metric.title for metric in results.metrics]
+    for title in ("", "method", *metrics, *(cost.short for cost in results.costs)):
         table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     for row in results.methods:
         if row.status == "ok":
@@ -29,8 +30,8 @@ def print_results(results: Results, console: Console | None = None) -> None:
             table.add_row(
                 str(row.rank),
                 Text(row.method, style=style),
-                Text(accuracy(row.accuracy), style=style),
-                *costs(row),
+                *(Text(score(metric, row.scores[metric.name]), style=style) for metric in results.metrics),
+                *(amount(cost, row) for cost in results.costs),
             )
     console.print(Text(headline(results), style="bold"))
     console.print(table)
@@ -54,39 +55,35 @@ def headline(results: Results) -> str:
     task = f"on {results.data.name}"
     if not leaders:
         return f"No method finished {task}."
-    first = leaders[0].method
-    share = percent(leaders[0].accuracy.mean)
+    first, metric = leaders[0], results.metrics[0]
+    reached = score_in_words(metric, first.scores[metric.name].mean)
     if len(finished) == 1:
-        return f"{first} gets {share} of the test images right {task}; there is nothing to compare it with."
+        return f"{first.method} reaches {reached} {task}; there is nothing to compare it with."
     if len(leaders) == 1:
-        return f"{first} wins {task}: it gets {share} of the test images right."
+        return f"{first.method} wins {task}: it reaches {reached}."
     names = [row.method for row in leaders]
     if len(leaders) == len(finished):
         return f"It is a tie {task}: {join(names)} differ by no more than their spread."
     return f"It is a tie at the top {task}: {join(names)} lead, and differ by no more than their spread."
 
 
-def costs(row: MethodResult) -> tuple[str, str, str, str, str]:
-    """Parameters, FLOPs per image, images per second in training and inference, peak memory."""
-    return (
-        quantity(row.parameters),
-        quantity(row.flops),
-        quantity(row.train_images_per_second),
-        quantity(row.infer_images_per_second),
-        quantity(row.peak_memory_bytes, "B"),
-    )
+def amount(cost: Cost, row: MethodResult) -> str:
+    """A cost of a method: "143 k"."""
+    return quantity(row.costs.get(cost.name), cost.unit)
 
 
-def accuracy(value: Accuracy) -> str:
-    """Mean and spread in per cent: "97.8 ± 0.3 %"."""
+def score(metric: Metric, value: Score) -> str:
+    """Mean and spread: "97.8 ± 0.3 %", "0.984 ± 0.012"."""
     if value.mean is None:
         return NOTHING
-    spread = "" if value.spread is None else f" ± {value.spread * 100:.1f}"
-    return f"{value.mean * 100:.1f}{spread} %"
+    scale, digits, unit = (100, 1, " %") if metric.form == "percent" else (1, 3, "")
+    spread = "" if value.spread is None else f" ± {value.spread * scale:.{digits}f}"
+    return f"{value.mean * scale:.{digits}f}{spread}{unit}"
 
 
-def percent(share: float | None) -> str:
-    return NOTHING if share is None else f"{share * 100:.1f} %"
+def score_in_words(metric: Metric, value: float | None) -> str:
+    """ "accuracy 97.8 %" """
+    return f"{metric.title} {score(metric, Score(value, None, ()))}"
 
 
 def quantity(value: float | None, unit: str = "") -> str:

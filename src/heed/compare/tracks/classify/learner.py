@@ -6,12 +6,7 @@ anew at every step, so a trial that is taken up again at t goes on bit for bit, 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -19,7 +14,8 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from heed.compare.settings import Settings
+from heed.compare.machine import accelerator, draw
+from heed.compare.tracks.classify.settings import ClassifySettings
 from heed.data.images import ImageData
 from heed.errors import MissingExtra
 
@@ -27,16 +23,8 @@ GROUP = 8  # images that share one draw of the augmentation
 LABEL_SMOOTHING = 0.05
 CLIP = 1.0  # largest norm of the gradient
 
-_ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
-_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
-
-def draw(*key: int | str) -> int:
-    """A seed that depends on all parts of the key."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest())
-
-
-def batch_size(settings: Settings, data: ImageData) -> int:
+def batch_size(settings: ClassifySettings, data: ImageData) -> int:
     """Images per step: as set, or all there are."""
     return min(settings.batch_size, len(data.train_labels))
 
@@ -53,12 +41,12 @@ class Learner:
     """
 
     def __init__(
-        self, settings: Settings, model: nn.Module, data: ImageData, steps: int, device: str | None = None
+        self, settings: ClassifySettings, model: nn.Module, data: ImageData, steps: int, device: str | None = None
     ) -> None:
         self.settings = settings
         self.data = data
         self.batch = batch_size(settings, data)
-        self.accelerator = _accelerator(device or settings.device, settings.precision)
+        self.accelerator = accelerator(device or settings.device, settings.precision)
         self.device: torch.device = self.accelerator.device
         groups = param_groups_weight_decay(model, settings.weight_decay)
         model, self.optimizer = self.accelerator.prepare(
@@ -131,104 +119,6 @@ class Learner:
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
         self.accelerator.load_state(str(folder))
-
-
-@contextlib.contextmanager
-def repeatable(threads: int, device: str) -> Iterator[None]:
-    """Compute with so many threads and, on the CPU, in a fixed order of summation; undone afterwards.
-
-    The caller's CPU random state is kept as well.
-    """
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    memory: Any = torch.utils.deterministic
-    fill = memory.fill_uninitialized_memory
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    with torch.random.fork_rng(devices=[]):
-        torch.set_num_threads(threads)
-        # An operator without a deterministic form must not end the trial. On accelerators the fixed order costs speed.
-        torch.use_deterministic_algorithms(device_kind(device) == "cpu", warn_only=True)
-        memory.fill_uninitialized_memory = False
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before[0])
-            torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
-            memory.fill_uninitialized_memory = fill
-
-
-def join_processes(settings: Settings) -> None:
-    """Where `accelerate launch` started several processes, connect them; every trial then spreads over them all.
-
-    Raises:
-        ValueError: the settings ask for jobs or Ray besides.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    if settings.jobs > 1 or settings.ray is not None:
-        raise ValueError(f"jobs={settings.jobs} and ray={settings.ray!r} do not go with several launched processes")
-    _accelerator(settings.device, settings.precision)
-
-
-def is_leader() -> bool:
-    """Whether this process writes the files: the only one, or the first of several."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def meet() -> None:
-    """Wait for the other processes, if there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def device_kind(device: str) -> str:
-    """The type of device that a setting such as "auto" or "cuda:1" means here, e.g. "cuda".
-
-    Raises:
-        ValueError: it is not a device.
-    """
-    if device == "auto":
-        present = torch.accelerator.current_accelerator(check_available=True)
-        return "cpu" if present is None else present.type
-    try:
-        return torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} is not a device; use 'auto', 'cpu', 'cuda' or 'mps'") from error
-
-
-def check_device(device: str, precision: str) -> None:
-    """Raise ValueError for a device this machine does not have, or a precision it cannot train in."""
-    kind = device_kind(device)
-    here = device_kind("auto")
-    if kind not in ("cpu", here):
-        raise ValueError(
-            f"device={device!r}: this machine has {'no accelerator' if here == 'cpu' else here}; use 'auto'"
-        )
-    if kind != "cpu" and device != "auto" and (torch.device(device).index or 0) >= torch.accelerator.device_count():
-        raise ValueError(f"device={device!r}: this machine has {torch.accelerator.device_count()} of them")
-    if kind == "cpu" and precision == "fp16":
-        raise ValueError("precision='fp16' needs an accelerator; on the CPU use 'bf16' or 'fp32'")
-
-
-def _accelerator(device: str, precision: str) -> Any:
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise MissingExtra("accelerate", "compare") from error
-    # accelerate keeps the first device and precision for the life of the process; every trial brings its own.
-    AcceleratorState._reset_state(reset_partial_state="WORLD_SIZE" not in os.environ)
-    precision = _PRECISION[precision]
-    if device in ("auto", "cpu"):
-        return Accelerator(cpu=device == "cpu", mixed_precision=precision)
-    before = os.environ.get(_ACCELERATE_DEVICE)
-    os.environ[_ACCELERATE_DEVICE] = device
-    try:
-        return Accelerator(mixed_precision=precision)
-    finally:
-        if before is None:
-            del os.environ[_ACCELERATE_DEVICE]
-        else:
-            os.environ[_ACCELERATE_DEVICE] = before
 
 
 def _augmentation(kind: str, side: int) -> nn.Module:

@@ -1,12 +1,11 @@
 """A comparison from settings to results: the plan of trials, where they run, and what is kept between two starts.
 
     OUT/
-      run.json              settings and digest of the data: what a second start must agree with
-      data.safetensors      the images, as every trial reads them
-      samples.safetensors   six test images as the models see them, with their labels
+      run.json              settings, digest of the data and names of its files: what a second start must agree with
+      ...                   the data, as the track writes it and every trial reads it
       measures/METHOD.json  costs, and the number of steps
       trials/METHOD-SEED/   see `heed.compare.trial`
-      best/                 copy of the best trial's model
+      best/                 copy of the best trial's model, where the track trains models
       results.json          written last
 
 Every file appears whole or not at all, and what is there is not done again; that is how a killed run goes on.
@@ -17,57 +16,58 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
+import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 
 from heed.checkpoint import write_atomically
 from heed.compare.executors import Executor, InProcess, OnRay, Processes, Task
-from heed.compare.host import check_methods
-from heed.compare.learner import batch_size, check_device, device_kind, is_leader, join_processes, meet, repeatable
-from heed.compare.measure import Measures, describe_machine, measure, usable_cores
+from heed.compare.machine import (
+    check_device,
+    describe_machine,
+    device_kind,
+    is_leader,
+    join_processes,
+    meet,
+    usable_cores,
+)
 from heed.compare.progress import Progress, Report
-from heed.compare.rank import accuracy_over_seeds, rank
-from heed.compare.results import Best, Curve, DataSummary, Machine, MethodResult, Results
+from heed.compare.rank import rank, score_over_seeds
+from heed.compare.results import Best, Curve, Machine, MethodResult, Results
 from heed.compare.settings import Settings
-from heed.compare.trial import POINTS, TrialResult, describe_error, run_trial, trial_folder
-from heed.data.images import ImageData, load_images
+from heed.compare.track import Track, track_of
+from heed.compare.trial import TrialResult, describe_error, ended, run_trial, trial_folder
 
-IMAGES_SEEN = 30_000  # per trial, where no budget is given: small data sets are repeated more often,
-EPOCHS = (5, 200)  # within these bounds
-SAMPLES = 6
-
-_FILES = ("run.json", "results.json", "data.safetensors", "samples.safetensors")
 _FOLDERS = ("measures", "trials", "best")
 
 
-def run_classify(settings: Settings, *, on_progress: Report | None = None) -> Results:
-    """See `heed.compare.classify`."""
-    check_methods(settings.methods, settings.host)
+def run(settings: Settings, *, on_progress: Report | None = None) -> Results:
+    """See `heed.compare.run`."""
+    track = track_of(settings)
     device_kind(settings.device)
     if settings.ray is None:  # a cluster's workers have devices of their own
-        check_device(settings.device, settings.precision)
+        check_device(settings.device)
+    track.check(settings)
     join_processes(settings)
     report = on_progress if on_progress is not None and is_leader() else _ignore
     settings = dataclasses.replace(settings, out=str(Path(settings.out).expanduser().resolve()))
     out = Path(settings.out)
     with _folder(out):
-        data = load_images(settings.data, strict=settings.strict, image_size=settings.image_size)
+        data = track.load(settings)
         if is_leader():
-            _begin(settings, data)
+            _begin(track, settings, data)
         meet()
         executor, threads = _executor(settings)
         _measure(settings, executor, threads, report)
         meet()
-        _train(settings, executor, threads, report)
-        results = _collect(settings, data, threads)
+        _train(track, settings, executor, threads, report)
+        results = _collect(track, settings, data, threads)
         if is_leader():
             if results.best is not None:
                 _keep_best(out, results.best)
@@ -100,23 +100,32 @@ def _folder(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _begin(settings: Settings, data: ImageData) -> None:
+def _begin(track: Track, settings: Settings, data: Any) -> None:
     """Start a run in its folder, or make sure that the run found there is this one."""
     out = Path(settings.out)
     # Through JSON, so that it compares equal to what was read.
-    identity = json.loads(json.dumps({"settings": settings.identity(), "data": data.fingerprint()}))
+    identity = json.loads(json.dumps({"settings": settings.identity(), "data": track.fingerprint(data)}))
+    identity["settings"]["track"] = track.name
     record = out / "run.json"
     if settings.fresh:
-        for name in _FILES:
-            (out / name).unlink(missing_ok=True)
-        for name in _FOLDERS:
-            shutil.rmtree(out / name, ignore_errors=True)
+        _throw_away(out)
     if record.is_file():
         _agree(record, identity)
         return
-    data.save(out / "data.safetensors")
-    _save_samples(out / "samples.safetensors", data)
-    write_atomically(record, json.dumps(identity, indent=1) + "\n")
+    files = track.save(data, out)
+    write_atomically(record, json.dumps({**identity, "files": files}, indent=1) + "\n")
+
+
+def _throw_away(out: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    record = out / "run.json"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        for name in json.loads(record.read_text()).get("files", ()):
+            (out / Path(name).name).unlink(missing_ok=True)
+    for name in ("run.json", "results.json"):
+        (out / name).unlink(missing_ok=True)
+    for name in _FOLDERS:
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def _agree(record: Path, identity: dict[str, Any]) -> None:
@@ -137,16 +146,6 @@ def _agree(record: Path, identity: dict[str, Any]) -> None:
         raise ValueError(f"{record.parent} holds a run on other data: {new['data']!r} has changed since; {remedy}")
 
 
-def _save_samples(path: Path, data: ImageData) -> None:
-    """Test images of as many classes as there is room for, as floats (n, C, S, S), and their labels (n,)."""
-    first = [int(torch.nonzero(data.test_labels == label)[0]) for label in data.test_labels.unique()]
-    rest = [i for i in range(len(data.test_labels)) if i not in set(first)]
-    chosen = torch.tensor((first + rest)[:SAMPLES])
-    mean, std = (x.view(-1, 1, 1) for x in data.statistics())
-    images = (data.test_images[chosen].float() / 255 - mean) / std
-    write_atomically(path, safetensors.torch.save({"images": images, "labels": data.test_labels[chosen]}))
-
-
 def _executor(settings: Settings) -> tuple[Executor, int]:
     """Where the trials run, and with how many threads each."""
     if settings.ray is not None:
@@ -158,31 +157,24 @@ def _executor(settings: Settings) -> tuple[Executor, int]:
 
 def _measure(settings: Settings, executor: Executor, threads: int, report: Report) -> None:
     """Measure the methods not measured yet, one at a time, so that they do not slow each other down."""
-    share = None
-    if settings.minutes is not None:
-        share = 60 * settings.minutes * executor.parallel / (len(settings.methods) * settings.seeds)
-    todo = [method for method in settings.methods if "measures" not in _measures(settings, method)]
-    tasks: list[Task] = [partial(_measure_task, settings, method, threads, share) for method in todo]
+    todo = [method for method in settings.methods if "steps" not in _measures(settings, method)]
+    tasks: list[Task] = [partial(_measure_task, settings, method, threads, executor.parallel) for method in todo]
     for index, died in executor.run(tasks, report, one_by_one=True):
         if died:
             _fail_measuring(settings, todo[index], died, report)
 
 
-def _measure_task(settings: Settings, method: str, threads: int, share: float | None, report: Report) -> None:
+def _measure_task(settings: Settings, method: str, threads: int, parallel: int, report: Report) -> None:
     report(Progress(method, None, "measuring"))
+    track = track_of(settings)
     try:
-        data = _data(settings.out)
-        with repeatable(threads, settings.device):
-            torch.manual_seed(0)
-            found = measure(settings, method, data, threads)
-        steps = _steps(settings, data, found, share)
+        found = track.measure(settings, method, track.read(settings), threads, parallel)
     except Exception as error:
         # As in a trial: whatever a method does, the others go on.
         _fail_measuring(settings, method, describe_error(error), report)
         return
-    content = {"steps": steps, "measures": dataclasses.asdict(found)}
     if is_leader():
-        write_atomically(_measures_file(settings, method), json.dumps(content))
+        write_atomically(_measures_file(settings, method), json.dumps(dataclasses.asdict(found)))
     report(Progress(method, None, "measured"))
 
 
@@ -200,20 +192,7 @@ def _measures(settings: Settings, method: str) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _steps(settings: Settings, data: ImageData, found: Measures, share: float | None) -> int:
-    """Optimiser steps of every trial of a method; `share` is the seconds it has where the budget is time."""
-    if settings.steps is not None:
-        return settings.steps
-    batch = batch_size(settings, data)
-    if share is not None:
-        testing = POINTS * len(data.test_labels) / found.infer_images_per_second
-        return max(1, int((share - testing) * found.train_images_per_second / batch))
-    images = len(data.train_labels)
-    epochs = settings.epochs or min(max(math.ceil(IMAGES_SEEN / images), EPOCHS[0]), EPOCHS[1])
-    return epochs * (images // batch)
-
-
-def _train(settings: Settings, executor: Executor, threads: int, report: Report) -> None:
+def _train(track: Track, settings: Settings, executor: Executor, threads: int, report: Report) -> None:
     """Run the trials not done yet; those that failed are tried again."""
     todo = []
     for seed in range(settings.seeds):
@@ -221,7 +200,7 @@ def _train(settings: Settings, executor: Executor, threads: int, report: Report)
             steps = _measures(settings, method).get("steps")
             done = _result(settings, method, seed)
             if done is not None and done.status == "ok":
-                report(Progress(method, seed, "trained", done.steps, done.steps, None, done.accuracy))
+                report(ended(track, done))
             elif steps is not None:
                 todo.append((method, seed, steps))
     devices = _devices(settings)
@@ -243,7 +222,8 @@ def _train(settings: Settings, executor: Executor, threads: int, report: Report)
 def _trial_task(
     settings: Settings, method: str, seed: int, steps: int, threads: int, device: str, report: Report
 ) -> None:
-    run_trial(settings, method, seed, steps, _data(settings.out), threads=threads, report=report, device=device)
+    data = track_of(settings).read(settings)
+    run_trial(settings, method, seed, steps, data, threads=threads, report=report, device=device)
 
 
 def _devices(settings: Settings) -> Sequence[str]:
@@ -251,10 +231,6 @@ def _devices(settings: Settings) -> Sequence[str]:
     if settings.jobs > 1 and settings.device in ("auto", "cuda") and torch.cuda.device_count() > 1:
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return [settings.device]
-
-
-def _data(out: str) -> ImageData:
-    return ImageData.load(Path(out) / "data.safetensors")
 
 
 def _result_file(settings: Settings, method: str, seed: int) -> Path:
@@ -266,51 +242,55 @@ def _result(settings: Settings, method: str, seed: int) -> TrialResult | None:
     return TrialResult.read(file) if file.is_file() else None
 
 
-def _collect(settings: Settings, data: ImageData, threads: int) -> Results:
-    rows = rank([_row(settings, method) for method in settings.methods], len(data.test_labels))
-    machines = [
-        found["measures"]["machine"] for m in settings.methods if (found := _measures(settings, m)).get("measures")
-    ]
+def _collect(track: Track, settings: Settings, data: Any, threads: int) -> Results:
+    summary = track.describe(data)
+    rows = rank([_row(track, settings, method) for method in settings.methods], track.metrics[0], summary.test)
+    machines = [found["machine"] for m in settings.methods if (found := _measures(settings, m)).get("machine")]
     return Results(
-        track="classify",
+        track=track.name,
         settings=settings.to_json(),
         machine=Machine(**machines[0]) if machines else describe_machine(torch.device("cpu"), threads),
-        data=DataSummary(
-            data.name,
-            data.classes,
-            len(data.train_labels),
-            len(data.test_labels),
-            (data.channels, data.side, data.side),
-            data.notes,
-        ),
+        data=summary,
+        metrics=track.metrics,
+        costs=track.costs,
         methods=rows,
-        best=_best(rows),
+        best=_best(track, Path(settings.out), rows),
     )
 
 
-def _row(settings: Settings, method: str) -> MethodResult:
+def _row(track: Track, settings: Settings, method: str) -> MethodResult:
     found = _measures(settings, method)
     trials = [_result(settings, method, seed) for seed in range(settings.seeds)]
     errors = [f"seed {t.seed}: {t.error}" for t in trials if t is not None and t.status == "failed"]
     if found.get("error"):
         errors.insert(0, f"could not be measured: {found['error']}")
-    costs = {key: value for key, value in found.get("measures", {}).items() if key != "machine"}
+    costs = dict(found.get("costs", {}))
+    for cost in track.costs:
+        within = [t.costs[cost.name] for t in trials if t is not None and cost.name in t.costs]
+        if within:
+            costs[cost.name] = statistics.median(within)
     return MethodResult(
         method=method,
         status="failed" if errors else "ok",
-        accuracy=accuracy_over_seeds([None if t is None else t.accuracy for t in trials]),
+        scores={
+            metric.name: score_over_seeds([None if t is None else t.scores.get(metric.name) for t in trials])
+            for metric in track.metrics
+        },
         error="; ".join(errors) or None,
-        steps=found.get("steps"),
+        steps=found.get("steps", 0),
+        costs=costs,
         curves=tuple(t.curve for t in trials if t is not None),
-        **costs,
     )
 
 
-def _best(rows: Sequence[MethodResult]) -> Best | None:
+def _best(track: Track, out: Path, rows: Sequence[MethodResult]) -> Best | None:
     if not rows or rows[0].status != "ok":
         return None
-    reached = rows[0].accuracy.per_seed
-    return Best(rows[0].method, max(range(len(reached)), key=lambda seed: reached[seed] or 0.0), "best")
+    metric = track.metrics[0]
+    reached = {seed: score for seed, score in enumerate(rows[0].scores[metric.name].per_seed) if score is not None}
+    best = (max if metric.better == "higher" else min)(reached, key=reached.__getitem__)
+    has_model = (trial_folder(out, rows[0].method, best) / "model").is_dir()
+    return Best(rows[0].method, best, "best") if has_model else None
 
 
 def _keep_best(out: Path, best: Best) -> None:

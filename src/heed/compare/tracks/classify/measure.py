@@ -12,11 +12,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import platform
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,40 +23,36 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from heed.compare.host import build_model
-from heed.compare.learner import Learner, device_kind
-from heed.compare.results import Machine
-from heed.compare.settings import Settings
+from heed.compare.machine import describe_machine, device_kind
+from heed.compare.results import Cost, Machine, Metric
+from heed.compare.tracks.classify.host import build_model
+from heed.compare.tracks.classify.learner import Learner
+from heed.compare.tracks.classify.settings import ClassifySettings
 from heed.data.images import ImageData
 from heed.models import HeedModel
 
+POINTS = 8  # of a trial's curve: evaluations, each with a checkpoint
+IMAGES_SEEN = 30_000  # per trial, where no budget is given: small data sets are repeated more often,
+EPOCHS = (5, 200)  # within these bounds
 TIMED_SECONDS = 0.5  # per throughput
 RUNS_TOGETHER = 20  # timed runs where several processes share a trial
 
 
-@dataclass(frozen=True)
-class Measures:
-    """The costs of one method.
-
-    Args:
-        parameters: trainable numbers.
-        flops: per image and forward pass.
-        train_images_per_second, infer_images_per_second: at the batch size of the settings.
-        peak_memory_bytes: see the module; None on devices that do not report it.
-        machine: where they were measured.
-    """
-
-    parameters: int
-    flops: int
-    train_images_per_second: float
-    infer_images_per_second: float
-    peak_memory_bytes: int | None
-    machine: Machine
+ACCURACY = Metric("accuracy", "accuracy")
+COSTS = (
+    Cost("parameters", "parameters", plot="size: parameters"),
+    Cost("flops", "FLOPs", "FLOPs per image"),
+    Cost("train", "train/s", "training images/s", plot="speed: images per second in training"),
+    Cost("infer", "infer/s", "inference images/s", plot="speed: images per second in inference"),
+    Cost("memory", "memory", "peak memory", unit="B"),
+)
 
 
-def measure(settings: Settings, method: str, data: ImageData, threads: int, device: str | None = None) -> Measures:
-    """Measure a method; the device overrides the settings' one."""
-    device = device or settings.device
+def measure(
+    settings: ClassifySettings, method: str, data: ImageData, threads: int
+) -> tuple[Machine, dict[str, float | None]]:
+    """The machine, and what a method costs there, by the names of `COSTS`; None where a device does not report it."""
+    device = settings.device
     model = build_model(method, data, settings.host)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = count_flops(model, data)
@@ -68,7 +63,24 @@ def measure(settings: Settings, method: str, data: ImageData, threads: int, devi
     with torch.no_grad():
         together = len(images) * learner.accelerator.num_processes
         infer = _rate(together, threads, lambda: learner.model(images))
-    return Measures(parameters, flops, train, infer, peak, describe_machine(learner.device, threads))
+    costs = {"parameters": parameters, "flops": flops, "train": train, "infer": infer, "memory": peak}
+    return describe_machine(learner.device, threads), costs
+
+
+def budget(
+    settings: ClassifySettings, data: ImageData, costs: dict[str, float | None], parallel: int, batch: int
+) -> int:
+    """Optimiser steps of every trial of a method whose costs are known; `parallel` trials run at once."""
+    if settings.steps is not None:
+        return settings.steps
+    train, infer = costs["train"], costs["infer"]
+    if settings.minutes is not None and train and infer:
+        share = 60 * settings.minutes * parallel / (len(settings.methods) * settings.seeds)
+        testing = POINTS * len(data.test_labels) / infer
+        return max(1, int((share - testing) * train / batch))
+    images = len(data.train_labels)
+    epochs = settings.epochs or min(max(math.ceil(IMAGES_SEEN / images), EPOCHS[0]), EPOCHS[1])
+    return epochs * (images // batch)
 
 
 def count_flops(model: HeedModel, data: ImageData) -> int:
@@ -79,26 +91,6 @@ def count_flops(model: HeedModel, data: ImageData) -> int:
     return counter.get_total_flops()
 
 
-def describe_machine(device: torch.device, threads: int) -> Machine:
-    """The machine this runs on."""
-    import heed
-
-    return Machine(
-        cpu=_cpu_name(),
-        cores=usable_cores(),
-        threads=threads,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        torch=torch.__version__,
-        heed=heed.__version__,
-        python=platform.python_version(),
-    )
-
-
-def usable_cores() -> int:
-    """Logical cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _rate(images: int, threads: int, work: Callable[[], object]) -> float:
     timer = Timer("work()", globals={"work": work}, num_threads=threads)
     timer.timeit(2)  # the first runs choose kernels and fill caches
@@ -107,7 +99,7 @@ def _rate(images: int, threads: int, work: Callable[[], object]) -> float:
     return images / timer.blocked_autorange(min_run_time=TIMED_SECONDS).median
 
 
-def _peak_memory(settings: Settings, method: str, data: ImageData, device: str) -> tuple[Learner, int | None]:
+def _peak_memory(settings: ClassifySettings, method: str, data: ImageData, device: str) -> tuple[Learner, int | None]:
     """A learner two steps old, and the most memory it has held."""
 
     def begin() -> Learner:
@@ -142,12 +134,3 @@ def _highest_total(profile: torch.profiler.profile) -> int:
         total += change["args"]["Bytes"]
         highest = max(highest, total)
     return highest
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

@@ -1,0 +1,1 @@
+"""The tracks: one file or folder each."""
