@@ -42,7 +42,7 @@ class LiveProgress:
     """A live display in the terminal: one bar for the whole run and one for every trial under way.
 
         with LiveProgress(settings.methods, settings.seeds) as show:
-            heed.compare.classify(settings, on_progress=show)
+            heed.compare.run(settings, on_progress=show)
 
     Args:
         methods: names.

@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from heed.catalogue import provides
 from heed.engine.attend import attend
 from heed.engine.patterns import Full
+from heed.engine.precision import at_least_float32, no_autocast
 from heed.layers.attention import check_heads
 from heed.layers.registry import layers
+
+_MANY = 4  # positions per channel from which it pays to project with positions last (measured on CPUs)
 
 
 @provides("24-davit")
@@ -55,8 +58,15 @@ class ChannelGroupAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... C"]:
         query, key, value, scale = self._channels(x)
-        y = attend(query, key, value, Full(), scale=scale)
-        return self.proj(y.flatten(1, 2).transpose(1, 2)).view(x.shape)
+        if query.shape[-1] >= _MANY * self.dim:
+            y = attend(query, key, value, Full(), scale=scale)
+            return self.proj(y.flatten(1, 2).transpose(1, 2)).view(x.shape)
+        # Few positions: A is as large as what it mixes, and plain products of the projection as it lies are fastest.
+        with no_autocast(x):
+            query, key = (t.to(at_least_float32(t)) for t in (query, key))
+            weights = (query * scale @ key.transpose(-2, -1)).softmax(-1)
+        y = value.transpose(-2, -1) @ weights.transpose(-2, -1).to(value.dtype)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
 
     def weights(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B g c c"]:
         """A: the share of every channel (last axis) in every output channel, before the output projection."""
@@ -74,13 +84,17 @@ class ChannelGroupAttention(nn.Module):
                 f"ChannelGroupAttention takes tokens (B, ..., {self.dim}), channels last; got {tuple(x.shape)}"
             )
         tokens = x.flatten(1, -2)
-        # Projected with positions last, so that a channel's features lie together.
-        weight, positions = self.qkv.weight.expand(x.shape[0], -1, -1), tokens.transpose(1, 2)
-        if self.qkv.bias is None:
-            qkv = torch.bmm(weight, positions)
+        if tokens.shape[1] < _MANY * self.dim:
+            qkv = self.qkv(tokens).view(*tokens.shape[:2], 3, self.num_heads, self.head_dim).permute(0, 2, 3, 4, 1)
         else:
-            qkv = torch.baddbmm(self.qkv.bias[:, None], weight, positions)
-        q, k, v = qkv.view(x.shape[0], 3, self.num_heads, self.head_dim, tokens.shape[1]).unbind(1)
+            # Projected with positions last, so that a channel's features lie together.
+            weight, positions = self.qkv.weight.expand(x.shape[0], -1, -1), tokens.transpose(1, 2)
+            if self.qkv.bias is None:
+                qkv = torch.bmm(weight, positions)
+            else:
+                qkv = torch.baddbmm(self.qkv.bias[:, None], weight, positions)
+            qkv = qkv.view(x.shape[0], 3, self.num_heads, self.head_dim, -1)
+        q, k, v = qkv.unbind(1)
         if not self.v2:
             return k, v, q, self.head_dim**-0.5
         return q, k, v, (max(1, tokens.shape[1]) if self.dynamic_scale else self.head_dim) ** -0.5

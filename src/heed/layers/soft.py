@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from heed.catalogue import provides
+from heed.engine.precision import at_least_float32, no_autocast
 from heed.errors import unknown
 from heed.layers.attention import check_heads
 from heed.layers.registry import layers
@@ -232,14 +232,14 @@ class SoftKernel(nn.Module):
         self, q: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"], height: int, width: int
     ) -> Float[Tensor, "B h N d"]:
         """`forward` without the convolution of the values, in float32 or better."""
-        v = v.to(_precision(v))
+        v = v.to(at_least_float32(v))
         if self.ratio == 1:
-            with _no_autocast(q):
+            with no_autocast(q):
                 q = self._scaled(q, height, width)
                 kernel = gaussian_kernel(q, q)
                 return (_normalise(kernel, kernel) if self.normalised else kernel) @ v
         low_rank = self.low_rank(q, height, width)
-        with _no_autocast(q):
+        with no_autocast(q):
             return low_rank.mix(v, self.normalised)
 
     def low_rank(self, q: Float[Tensor, "B h N d"], height: int, width: int) -> Landmarks:
@@ -258,7 +258,7 @@ class SoftKernel(nn.Module):
             maps = F.adaptive_avg_pool2d(maps, self.side * self.ratio)
         landmarks = self.landmark_conv(maps.to(self.landmark_conv.weight.dtype)).flatten(2).transpose(1, 2)
         landmarks = F.gelu(self.landmark_norm(landmarks)).unflatten(0, q.shape[:2]).to(q.dtype)
-        with _no_autocast(q):
+        with no_autocast(q):
             return Landmarks.between(q, landmarks, self._invert)
 
     def _scaled(self, q: Tensor, height: int, width: int) -> Tensor:
@@ -268,7 +268,7 @@ class SoftKernel(nn.Module):
         # A look at the values, for which neither a compiled graph nor a tensor without data has a place.
         if not (torch.compiler.is_compiling() or q.is_meta) and not q.isfinite().all():
             raise ValueError(f"{self.label}: the queries are not finite; check the layer's input and weights")
-        return q.to(_precision(q)) / self.head_dim**0.25
+        return q.to(at_least_float32(q)) / self.head_dim**0.25
 
     def _invert(self, kernel: Tensor) -> Tensor:
         if self.exact:
@@ -358,14 +358,6 @@ def _normalise(matrix: Tensor, kernel: Tensor) -> Tensor:
     """D^-1/2 matrix D^-1/2 with the row sums D of the kernel."""
     root = kernel.sum(-1, keepdim=True).rsqrt()
     return root * matrix * root.transpose(-1, -2)
-
-
-def _precision(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _no_autocast(x: Tensor) -> Any:
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 @layers.register("soft")

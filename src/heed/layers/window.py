@@ -45,12 +45,14 @@ class WindowAttention(PatternAttention):
                 f"WindowAttention takes a grid of tokens (B, H, W, {self.dim}), channels last; got {tuple(x.shape)}"
             )
         (batch, height, width, _), w = x.shape, self.window_size
-        x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
+        if height % w or width % w:  # padding by nothing would copy
+            x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
         rows, columns = x.shape[1] // w, x.shape[2] // w
         # A window becomes a batch element: copying it together once is faster than selecting its keys from the grid.
         windows = x.view(batch, rows, w, columns, w, self.dim).transpose(2, 3).reshape(-1, w * w, self.dim)
         y = super().forward(windows).view(batch, rows, columns, w, w, self.dim)
-        return y.transpose(2, 3).reshape(x.shape)[:, :height, :width]
+        y = y.transpose(2, 3).reshape(x.shape)
+        return y if y.shape[1:3] == (height, width) else y[:, :height, :width]
 
     def multiply_adds(self, height: int, width: int) -> int:
         """Multiply-adds for one grid of height x width tokens, padding included."""
