@@ -233,3 +233,12 @@ def test_replaced_attributes_come_back_in_order() -> None:
     assert torch.equal(layer(x), x + 1)
     first.remove()
     assert torch.equal(layer(x), plain)
+
+
+def test_a_host_with_an_attention_function_of_its_own_is_refused() -> None:
+    transformers.AttentionInterface.register("mine", lambda module, query, *_, **__: (query.transpose(1, 2), None))
+    model = hosts()["llama"]()[0]
+    model.set_attn_implementation("mine")
+    with pytest.raises(ValueError, match="computes attention by 'mine'"):
+        heed.apply(model, Probe(Nothing()))
+    assert model.config._attn_implementation == "mine"

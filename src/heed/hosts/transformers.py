@@ -17,6 +17,7 @@ from heed.hosts.rules import RULES, AttentionCall, Rules, run_rules
 from heed.methods import Handle
 
 NAME = "heed"
+_PLAIN = (NAME, "sdpa", "eager", "flash", "flex")  # how the names of implementations of plain attention begin
 _BEFORE = "_heed_before"  # attribute of a model: the attention it had before its first rule
 
 
@@ -25,10 +26,18 @@ def use_rules(host: nn.Module, handle: Handle) -> None:
 
     Raises:
         TypeError: the model's attention does not go through transformers' interface.
+        ValueError: the model has an attention function of its own, which the rules would replace.
     """
     AttentionInterface.register(NAME, heed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     parts = [part for part in host.modules() if isinstance(part, PreTrainedModel)]
+    for part in parts:
+        found = part.config._attn_implementation
+        if found is not None and not found.startswith(_PLAIN):
+            raise ValueError(
+                f"{type(part).__name__} computes attention by {found!r}, which a method would replace by plain "
+                "attention; choose another with model.set_attn_implementation, such as 'sdpa', if that is meant"
+            )
     for part in parts:
         vars(part).setdefault(_BEFORE, part.config._attn_implementation)
 

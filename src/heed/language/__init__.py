@@ -1,0 +1,1 @@
+"""Language models, sparse long-context attention, caches: methods and models for transformers."""

@@ -1,0 +1,1 @@
+"""Systems with structured output: pose, gaze, scanpaths, restoration, speech, slides, forecasts, recommendation."""
