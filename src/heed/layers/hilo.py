@@ -90,13 +90,13 @@ class HiLoAttention(nn.Module):
         """
         grid = self._grid(x, height, width)
         _, rows, columns, _ = grid.shape
-        y = _grid_from_windows(torch.cat(self._branches(grid), -1))
+        y = torch.cat(self._branches(grid), -1)
         return y[:, :rows, :columns].reshape(x.shape)
 
     def branches(self, x: Float[Tensor, "B H W C"]) -> tuple[Float[Tensor, "B H W high"], Float[Tensor, "B H W low"]]:
         """The Hi-Fi and the Lo-Fi output before concatenation; a branch without heads has 0 channels."""
         _, rows, columns, _ = self._grid(x, None, None).shape
-        high, low = (_grid_from_windows(y)[:, :rows, :columns] for y in self._branches(x))
+        high, low = (y[:, :rows, :columns] for y in self._branches(x))
         return high, low
 
     def flops(self, height: int, width: int) -> int:
@@ -127,7 +127,7 @@ class HiLoAttention(nn.Module):
         )
 
     def _branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both branches, padding included, as (B, H/s, s, W/s, s, channels), so that windows are axes."""
+        """Both branches, (B, H, W, channels) each with H and W of the padded grid."""
         s = self.window_size
         below, right = -x.shape[1] % s, -x.shape[2] % s
         if below or right:
@@ -138,32 +138,26 @@ class HiLoAttention(nn.Module):
         s, heads = self.window_size, self.high_heads
         batch, rows, columns, _ = x.shape
         if not heads:
-            return x[..., :0].view(batch, rows // s, s, columns // s, s, 0)
-        # The only copy of this branch: it brings the tokens of a window together, for q, k and v at once.
+            return x[..., :0]
+        # Brings the tokens of a window together, for q, k and v at once.
         qkv = self.h_qkv(x).view(batch, rows // s, s, columns // s, s, 3 * self.high_dim).transpose(2, 3)
         windows = batch * (rows // s) * (columns // s)
         q, k, v = qkv.reshape(windows, s * s, 3 * heads, self.head_dim).transpose(1, 2).split(heads, 1)
         y = attend(q, k, v, Full(), scale=self.scale).transpose(1, 2)
-        y = self.h_proj(y.reshape(batch, rows // s, columns // s, s, s, self.high_dim))
-        return y.transpose(2, 3)
+        y = y.reshape(batch, rows // s, columns // s, s, s, self.high_dim).transpose(2, 3)
+        return self.h_proj(y.reshape(batch, rows, columns, self.high_dim))
 
     def _lofi(self, x: Tensor) -> Tensor:
         s, heads = self.window_size, self.low_heads
         batch, rows, columns, _ = x.shape
         if not heads:
-            return x[..., :0].view(batch, rows // s, s, columns // s, s, 0)
+            return x[..., :0]
         pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), s).permute(0, 2, 3, 1) if s > 1 else x
         keys = pooled.shape[1] * pooled.shape[2]
         k, v = self.l_kv(pooled).view(batch, keys, 2, heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q = self.l_q(x).view(batch, rows * columns, heads, self.head_dim).transpose(1, 2)
         y = attend(q, k, v, Full(), scale=self.scale).transpose(1, 2)
-        y = self.l_proj(y.reshape(batch, rows * columns, self.low_dim))
-        return y.view(batch, rows // s, s, columns // s, s, self.low_dim)
-
-
-def _grid_from_windows(y: Tensor) -> Tensor:
-    """(B, rows/s, s, columns/s, s, C) -> (B, rows, columns, C)"""
-    return y.flatten(3, 4).flatten(1, 2)
+        return self.l_proj(y.reshape(batch, rows, columns, self.low_dim))
 
 
 @provides("23-hilo")
