@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from heed.diffusion import cli as edit_commands
+
 if TYPE_CHECKING:
     from heed.compare import Settings
 
@@ -44,6 +46,8 @@ app = typer.Typer(
 )
 compare = typer.Typer(no_args_is_help=True, help="Put methods side by side on your data, at the same budget.")
 app.add_typer(compare, name="compare")
+app.command("edit")(edit_commands.edit)
+app.command("edit-page")(edit_commands.page)
 
 
 @app.callback()
