@@ -27,6 +27,12 @@ REFERENCE = {
     "engine": ("Attention under a pattern: patterns, plans, backends", ["heed.engine"]),
     "layers": ("Drop-in modules that mix tokens", ["heed.layers"]),
     "vision": ("Image backbones", ["heed.vision"]),
+    "language": ("Language models and methods on them", ["heed.language"]),
+    "pretrain": ("Mask generators and objectives", ["heed.pretrain"]),
+    "diffusion": ("Editing and attention processors for diffusers", ["heed.diffusion"]),
+    "multimodal": ("Steering of vision-language models", ["heed.multimodal"]),
+    "predict": ("Systems with structured output", ["heed.predict"]),
+    "methods": ("Methods on host models", ["heed.methods", "heed.hosts"]),
     "models": (
         "Models by name, configurations, checkpoints",
         ["heed.models", "heed.checkpoint", "heed.registry", "heed.timm"],
@@ -42,19 +48,17 @@ README_LINKS = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "LICENSE": "license.md",
-    "src/heed/layers/neighborhood.py": "systems/13-fna.md",
-    "src/heed/layers/hilo.py": "systems/23-hilo.md",
-    "src/heed/layers/halo.py": "systems/04-halonet.md",
-    "src/heed/layers/psa.py": "systems/35-psa.md",
-    "src/heed/layers/ulsam.py": "systems/32-ulsam.md",
-    "src/heed/vision/convit.py": "systems/16-convit.md",
-    "src/heed/vision/davit.py": "systems/24-davit.md",
-    "src/heed/vision/focalnet.py": "systems/68-focalnet.md",
-    "src/heed/vision/illama.py": "systems/07-illama.md",
-    "src/heed/vision/nat.py": "systems/58-dinat.md",
-    "src/heed/vision/soft.py": "systems/64-soft.md",
-    "src/heed/vision/van.py": "systems/25-van.md",
 }
+
+
+def readme_links() -> dict[str, str]:
+    """Where the README's links lead on these pages: the file of a system to the system's page."""
+    files = {
+        f"src/{module.replace('.', '/')}.py": f"systems/{entry.slug}.md"
+        for entry in systems(built=True)
+        for module in by_module(entry.names)
+    }
+    return {**files, **README_LINKS}
 
 
 def write(path: str, text: str) -> None:
@@ -179,7 +183,7 @@ def face() -> str:
             room = thing.__name__.split(".")[1]
             target = f"{room}.md#{re.sub(r'[^a-z]', '', thing.__name__)}"
         else:
-            room = {"layers": "layers", "engine": "engine"}.get(thing.__module__.split(".")[1], "models")
+            room = {"layers": "layers", "engine": "engine", "methods": "methods"}.get(thing.__module__.split(".")[1], "models")
             target = f"{room}.md#{thing.__module__}.{name}"
         lines.append(f"| [`heed.{name}`]({target}) | {doc} |")
     return "\n".join(lines) + "\n"
@@ -218,8 +222,8 @@ def schema() -> str:
     from heed.compare import results
 
     lines = [f"This is version {results.SCHEMA}, which the file names as `schema`.\n"]
-    for cls in (results.Results, results.Machine, results.DataSummary, results.MethodResult, results.Accuracy,
-                results.Curve, results.Best):  # fmt: skip
+    for cls in (results.Results, results.Machine, results.DataSummary, results.Metric, results.Cost,
+                results.MethodResult, results.Score, results.Curve, results.Best):  # fmt: skip
         doc = inspect.getdoc(cls) or ""
         lines.append(f"### {cls.__name__}\n\n{doc.splitlines()[0]}\n")
         lines += ["| field | type | what it is |", "| --- | --- | --- |"]
@@ -242,7 +246,7 @@ def arguments(doc: str) -> dict[str, str]:
 
 
 def main() -> None:
-    write("index.md", copy_of("README.md", README_LINKS))
+    write("index.md", copy_of("README.md", readme_links()))
     write("contributing.md", copy_of("CONTRIBUTING.md", {"docs/": "", "README.md": "index.md"}))
     write("changelog.md", copy_of("CHANGELOG.md", {}))
     write("license.md", f"# Licence\n\n```text\n{(ROOT / 'LICENSE').read_text().rstrip()}\n```\n")

@@ -20,6 +20,7 @@ PAGES = {
     "docs/guide/models.md": False,
     "docs/guide/timm.md": False,
     "docs/guide/compare.md": False,
+    "docs/guide/methods.md": True,
 }
 _RUN = """
 import sys

@@ -29,7 +29,7 @@ from heed.catalogue import provides
 from heed.errors import unknown
 from heed.vision.terminator import SFNENetwork, tile_channels
 
-SMOOTHING = 0.09
+SMOOTHING = 0.1
 
 
 class _Kar(Optimizer):
