@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor, nn
 
 import heed
-from heed.hosts.attach import attach_rule
-from heed.hosts.rules import AttentionCall, AttentionRule, attention_weights, run_rules
+from heed.hosts.attach import attach_rule, attention_layers
+from heed.hosts.rules import RULES, AttentionCall, AttentionRule, attention_weights, run_rules
 from heed.methods import Handle, Method
 
 TEXT = {
@@ -168,6 +168,28 @@ def test_generation_with_a_cache_through_rules(name: str) -> None:
     plain = model.generate(IDS, **options)
     with heed.apply(model, Probe(Watch())):
         assert torch.equal(model.generate(IDS, **options), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", [Nothing, Watch, Own])
+def test_a_static_cache_at_its_start(rule: type[AttentionRule]) -> None:
+    """transformers gives no mask there, and means that only the first places of the cache are filled."""
+    torch.manual_seed(0)
+    model, ids = hosts()["llama"]()[0].eval(), IDS[:1]
+    plain = model(ids).logits
+    with heed.apply(model, Probe(rule())):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, plain, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_rule_for_some_layers_alone(host) -> None:
+    model, _ = host
+    handle = Handle(Probe(Nothing()))
+    attach_rule(model, Nothing(), handle, layers=(1, 7))
+    assert [RULES in vars(layer) for layer in attention_layers(model)][:2] == [False, True]
+    handle.remove()
+    assert not any(RULES in vars(layer) for layer in attention_layers(model))
 
 
 def test_gradients_flow_through_rules(host) -> None:

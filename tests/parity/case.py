@@ -58,10 +58,17 @@ def compare(case: Case, got: dict[str, Tensor]) -> None:
     assert sorted(got) == sorted(wanted), "missing or extra names"
     for name, want in wanted.items():
         have = got[name]
-        tolerance = case.meta["tolerance"]
-        if name.startswith("grad."):
-            tolerance = case.meta.get("tolerance_grad", tolerance)
+        tolerance = tolerance_of(case.meta, name)
         assert have.shape == want.shape, f"{name}: shape {tuple(have.shape)}, wanted {tuple(want.shape)}"
         if want.is_floating_point() and not case.meta.get("allow_inf"):
             assert torch.isfinite(want).all(), f"{name}: the case itself is not finite"
         torch.testing.assert_close(have.to(want.dtype), want, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+def tolerance_of(meta: dict[str, Any], name: str) -> dict[str, float]:
+    """rtol and atol of a tensor: a case may have others for gradients, and an atol for each of them."""
+    found = meta["tolerance"]
+    if name.startswith("grad."):
+        found = meta.get("tolerance_grad", found)
+    atol = found["atol"]
+    return {"rtol": found["rtol"], "atol": atol[name] if isinstance(atol, dict) else atol}

@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING
 from heed.compare.results import Results
 from heed.compare.settings import Settings
 from heed.compare.tracks.classify.settings import ClassifySettings
+from heed.compare.tracks.hallucination.settings import HallucinationSettings
+from heed.compare.tracks.pretrain.settings import PretrainSettings
+from heed.compare.tracks.slides.settings import SlidesSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from heed.compare.progress import Progress
 
-__all__ = ["ClassifySettings", "Results", "Settings", "run"]
+__all__ = [
+    "ClassifySettings",
+    "HallucinationSettings",
+    "PretrainSettings",
+    "Results",
+    "Settings",
+    "SlidesSettings",
+    "run",
+]
 
 
 def run(settings: Settings, *, on_progress: Callable[[Progress], None] | None = None) -> Results:

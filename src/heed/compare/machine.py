@@ -137,6 +137,12 @@ def describe_machine(device: torch.device, threads: int) -> Machine:
     )
 
 
+def default_threads() -> int:
+    """Threads for all jobs together: what OMP_NUM_THREADS says, or one per usable core."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdigit() and int(said) > 0 else usable_cores()
+
+
 def usable_cores() -> int:
     """Logical cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,36 +1,26 @@
 """The report of a comparison: one self-contained HTML page that needs no network.
 
-Charts are SVG drawn by matplotlib and put into the page; their inks are the page's CSS variables, so that they follow
-it from light to dark. A track's own template adds what only that track has to show.
+Page and charts are made of the parts in `heed.explain.page`. A track's own template adds what only that track has to
+show.
 """
 
 from __future__ import annotations
 
-import html
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from heed.checkpoint import write_atomically
 from heed.compare import table
 from heed.compare.results import Cost, Curve, MethodResult, Metric, Results
 from heed.compare.track import track
-from heed.errors import MissingExtra
+from heed.explain.page import LINE, SERIES, SOFT, chart, svg, write_page
 
-# Inks as matplotlib writes them, and the CSS variables that stand in for them. The eight series are Okabe and Ito's
-# colours, which colour-blind readers can tell apart, with black and yellow exchanged for inks that show on any ground.
-_SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
-_INKS = {"#0a0b0c": "var(--ink)", "#8a8b8c": "var(--soft)", "#d8d9da": "var(--line)"}
-_INK, _SOFT, _LINE = _INKS
 _MARKERS = "os^Dv"
 
 
@@ -43,7 +33,7 @@ class _Mark:
 
     @property
     def ink(self) -> str:
-        return f"var(--series-{_SERIES.index(self.colour)})"
+        return f"var(--series-{SERIES.index(self.colour)})"
 
 
 def write_report(results: Results, folder: str | Path) -> Path:
@@ -59,27 +49,15 @@ def write_report(results: Results, folder: str | Path) -> Path:
     Raises:
         MissingExtra: jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtra("jinja2", "compare") from error
     folder = Path(folder)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template(track(results.track).template).render(_content(results, folder))
     path = folder / "report.html"
-    write_atomically(path, page)
+    write_page(path, track(results.track).template, Path(__file__).parent, _content(results, folder))
     return path
 
 
 def _content(results: Results, folder: Path) -> dict[str, Any]:
     marks = {
-        row.method: _Mark(_SERIES[index % len(_SERIES)], _MARKERS[index // len(_SERIES) % len(_MARKERS)])
+        row.method: _Mark(SERIES[index % len(SERIES)], _MARKERS[index // len(SERIES) % len(_MARKERS)])
         for index, row in enumerate(results.methods)
     }
     finished = [row for row in results.methods if row.status == "ok"]
@@ -93,6 +71,7 @@ def _content(results: Results, folder: Path) -> dict[str, Any]:
         "headline": table.headline(results),
         "score": table.score,
         "amount": table.amount,
+        "beginning": table.beginning,
         "budget": _budget(results),
         "strips": _strips(finished, metric, marks),
         "curves": {
@@ -104,7 +83,7 @@ def _content(results: Results, folder: Path) -> dict[str, Any]:
             for what in (metric.name, "loss")
         },
         "tradeoffs": [
-            (f"{metric.title.capitalize()} and {cost.plot}", _tradeoff(finished, metric, cost, marks))
+            (f"{table.beginning(metric.title)} and {cost.plot}", _tradeoff(finished, metric, cost, marks))
             for cost in results.costs
             if cost.plot and any(row.costs.get(cost.name) for row in finished)
         ],
@@ -130,38 +109,6 @@ def _count(number: int, thing: str) -> str:
 # Charts
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    ax = figure.add_subplot()
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.spines["bottom"].set_color(_LINE)
-    ax.tick_params(colors=_SOFT, length=0, labelsize=9)
-    ax.grid(axis="y", color=_LINE, linewidth=0.7)
-    ax.set_axisbelow(True)
-    return figure, ax
-
-
-def _svg(figure: Figure, name: str, label: str) -> str:
-    """A figure as an inline SVG element: text in the page's font, inks as CSS variables, ids unique by `name`."""
-    name = re.sub(r"\W", "-", name)
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)  # it would style the whole page
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", svg, count=4)
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r'\bid="([\w.]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'(xlink:href="#|url\(#)([\w.]+)', rf"\1{name}-\2", svg)
-    for ink, variable in _INKS.items():
-        svg = svg.replace(ink, variable)
-    for index, colour in enumerate(_SERIES):
-        svg = svg.replace(colour, f"var(--series-{index})")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
-
-
 def _strips(rows: Sequence[MethodResult], metric: Metric, marks: dict[str, _Mark]) -> dict[str, str]:
     """Per method a small chart of its seeds' scores around their mean, all on one scale."""
     every = [value for row in rows for value in row.scores[metric.name].per_seed if value is not None]
@@ -171,22 +118,22 @@ def _strips(rows: Sequence[MethodResult], metric: Metric, marks: dict[str, _Mark
         ax = figure.add_axes((0.03, 0, 0.94, 1))
         seeds = [value for value in row.scores[metric.name].per_seed if value is not None]
         mark, margin = marks[row.method], 0.08 * max(max(every) - min(every), 1e-3)
-        ax.axhline(0, color=_LINE, linewidth=1)
+        ax.axhline(0, color=LINE, linewidth=1)
         ax.plot(seeds, [0] * len(seeds), "o", color=mark.colour, alpha=0.55, markersize=4.5, markeredgewidth=0)
         ax.plot([np.mean(seeds)] * 2, [-0.8, 0.8], color=mark.colour, linewidth=2.2)
         ax.set(xlim=(min(every) - margin, max(every) + margin), ylim=(-1, 1))
         ax.set_axis_off()
         label = f"{row.method}, every seed: {', '.join(table.score_in_words(metric, value) for value in seeds)}"
-        strips[row.method] = _svg(figure, f"strip-{row.method}", label)
+        strips[row.method] = svg(figure, f"strip-{row.method}", label)
     return strips
 
 
 def _curves(row: MethodResult, results: Results, marks: dict[str, _Mark], what: str) -> str:
     """One method's learning curves: every seed thin, their mean thick, the other methods' means pale behind."""
-    figure, ax = _figure(3.3, 2.2)
+    figure, ax = chart(3.3, 2.2)
     for other in results.methods:
         if other is not row:
-            ax.plot(*_mean_curve(other.curves, what), color=_SOFT, linewidth=1.2, alpha=0.35)
+            ax.plot(*_mean_curve(other.curves, what), color=SOFT, linewidth=1.2, alpha=0.35)
     colour = marks[row.method].colour
     for curve in row.curves:
         ax.plot(curve.step, curve.values.get(what, ()), color=colour, linewidth=0.8, alpha=0.5)
@@ -198,8 +145,8 @@ def _curves(row: MethodResult, results: Results, marks: dict[str, _Mark], what: 
     forms = {metric.name: metric.form for metric in results.metrics}
     ax.yaxis.set_major_formatter((lambda y, _: f"{y * 100:.0f} %") if forms.get(what) == "percent" else "{x:g}")
     ax.locator_params(nbins=4)
-    ax.set_xlabel("training steps", color=_SOFT, fontsize=9)
-    return _svg(figure, f"{what}-{row.method}", f"{what} of {row.method} over training steps")
+    ax.set_xlabel("training steps", color=SOFT, fontsize=9)
+    return svg(figure, f"{what}-{row.method}", f"{what} of {row.method} over training steps")
 
 
 def _mean_curve(curves: Sequence[Curve], what: str) -> tuple[list[int], list[float]]:
@@ -213,7 +160,7 @@ def _mean_curve(curves: Sequence[Curve], what: str) -> tuple[list[int], list[flo
 
 def _tradeoff(rows: Sequence[MethodResult], metric: Metric, cost: Cost, marks: dict[str, _Mark]) -> str:
     """Score against a cost on a logarithmic axis, with the spread as a bar and names in the right margin."""
-    figure, ax = _figure(4.6, 3.0)
+    figure, ax = chart(4.6, 3.0)
     points = [(row, row.costs.get(cost.name), row.scores[metric.name]) for row in rows]
     points = [(row, x, score.mean, score.spread) for row, x, score in points if x and score.mean is not None]
     for row, x, y, spread in points:
@@ -230,7 +177,7 @@ def _tradeoff(rows: Sequence[MethodResult], metric: Metric, cost: Cost, marks: d
     ax.yaxis.set_major_formatter((lambda y, _: f"{y * 100:.4g} %") if metric.form == "percent" else "{x:g}")
     ax.locator_params(axis="y", nbins=5)
     _name_points(ax, [(row.method, marks[row.method].colour, x, y) for row, x, y, _ in points])
-    return _svg(figure, cost.name, f"{metric.title} against {cost.title or cost.short}")
+    return svg(figure, cost.name, f"{metric.title} against {cost.title or cost.short}")
 
 
 def _name_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> None:
@@ -248,5 +195,5 @@ def _name_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> N
             color=colour,
             fontsize=9.5,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": _LINE, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5},
+            arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5},
         )

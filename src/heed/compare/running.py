@@ -30,12 +30,12 @@ from heed.checkpoint import write_atomically
 from heed.compare.executors import Executor, InProcess, OnRay, Processes, Task
 from heed.compare.machine import (
     check_device,
+    default_threads,
     describe_machine,
     device_kind,
     is_leader,
     join_processes,
     meet,
-    usable_cores,
 )
 from heed.compare.progress import Progress, Report
 from heed.compare.rank import rank, score_over_seeds
@@ -151,7 +151,7 @@ def _executor(settings: Settings) -> tuple[Executor, int]:
     if settings.ray is not None:
         threads = settings.threads or 1
         return OnRay(settings.ray, threads, accelerator=settings.device != "cpu"), threads
-    threads = settings.threads or max(1, usable_cores() // settings.jobs)
+    threads = settings.threads or max(1, default_threads() // settings.jobs)
     return (InProcess() if settings.jobs == 1 else Processes(settings.jobs)), threads
 
 

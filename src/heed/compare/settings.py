@@ -27,8 +27,8 @@ class Settings:
         jobs: processes that run trials; 1 runs them in this process.
         ray: address of a Ray cluster ("auto", "local", "ray://host:port"), None for no Ray; `out` must be a folder that
             all its machines see.
-        threads: CPU threads per trial; None shares the cores out among the jobs. Scores repeat bit for bit on a CPU
-            when this number is the same.
+        threads: CPU threads per trial; None shares the cores (or OMP_NUM_THREADS, where it is set) out among the jobs.
+            Scores repeat bit for bit on a CPU when this number is the same.
         fresh: throw away an earlier run in `out`.
     """
 

@@ -86,6 +86,11 @@ def score_in_words(metric: Metric, value: float | None) -> str:
     return f"{metric.title} {score(metric, Score(value, None, ()))}"
 
 
+def beginning(title: str) -> str:
+    """A title at the beginning of a sentence: "accuracy" is "Accuracy", "AUC" stays."""
+    return title[:1].upper() + title[1:]
+
+
 def quantity(value: float | None, unit: str = "") -> str:
     """Three significant digits with k, M, G or T: 143_210 is "143 k"."""
     if value is None:

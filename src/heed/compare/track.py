@@ -20,7 +20,12 @@ from heed.compare.settings import Settings
 from heed.errors import unknown
 
 # Where the track of each name is defined, as its module's `TRACK`; imported when it is used.
-TRACKS = {"classify": "heed.compare.tracks.classify.track"}
+TRACKS = {
+    "classify": "heed.compare.tracks.classify.track",
+    "hallucination": "heed.compare.tracks.hallucination.track",
+    "pretrain": "heed.compare.tracks.pretrain.track",
+    "slides": "heed.compare.tracks.slides.track",
+}
 
 
 @dataclass

@@ -50,7 +50,7 @@ def layer_attention(
     """
     if x.ndim != 3:
         raise ValueError(f"x must be one grid of tokens (rows, columns, channels), not {tuple(x.shape)}")
-    with _evaluating(layer):
+    with evaluating(layer):
         squares = _influence(lambda tokens: layer(tokens).permute(0, 3, 1, 2), x, query, directions, generator)
     return _normalised(squares.sum(-1))
 
@@ -86,7 +86,7 @@ def attention_map(
     height, width = image.shape[1:]
     if query is not None:
         _check_inside(query, height, width)
-    with _evaluating(model):
+    with evaluating(model):
         if query is not None:
             with torch.no_grad():
                 rows, columns = model.forward_features(image[None]).shape[2:]
@@ -141,8 +141,8 @@ def _check_inside(query: tuple[int, int], height: int, width: int) -> None:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards every submodule in the mode it had."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout, no stochastic depth), and afterwards every submodule in the mode it had."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

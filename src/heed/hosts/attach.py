@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 
 from timm.layers.attention import Attention as TimmAttention
 from torch import nn
@@ -13,14 +14,15 @@ from heed.layers.attention import PatternAttention
 from heed.methods import Handle
 
 
-def attach_rule(host: nn.Module, rule: AttentionRule, handle: Handle) -> None:
-    """Let a rule take part in every attention layer of a host, until the handle is removed.
+def attach_rule(host: nn.Module, rule: AttentionRule, handle: Handle, layers: Collection[int] | None = None) -> None:
+    """Let a rule take part in the attention layers of a host, until the handle is removed.
 
     Args:
         host: a transformers model (or the part of one that is to change, such as its language model), a timm model, or
             a model with heed's attention layers.
         rule: what changes. Rules attached later act after those attached earlier.
         handle: removes the rule.
+        layers: numbers of the attention layers that get the rule; default all.
 
     Raises:
         TypeError: the host has no attention that a rule can reach.
@@ -30,9 +32,9 @@ def attach_rule(host: nn.Module, rule: AttentionRule, handle: Handle) -> None:
         from heed.hosts.transformers import use_rules
 
         use_rules(host, handle)
-    layers = attention_layers(host)
-    for number, layer in enumerate(layers):
-        _add(layer, number, rule, handle)
+    for number, layer in enumerate(attention_layers(host)):
+        if layers is None or number in layers:
+            _add(layer, number, rule, handle)
 
 
 def is_transformers(host: nn.Module) -> bool:

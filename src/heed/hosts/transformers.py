@@ -70,6 +70,9 @@ def heed_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers' attention layers call: (B, H, Q, D), (B, G, K, D), (B, G, K, E) to (B, Q, H, E), weights."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and attention_mask is None and query.shape[2] > 1
+    if causal and key.shape[2] > query.shape[2]:  # a static cache at its start: the places after the queries are empty
+        key, value = (x[:, :, : query.shape[2]] for x in (key, value))
     rules: Rules = vars(module).get(RULES) or Rules(0)  # a copy of a model has its setting, and no rules
     call = AttentionCall(
         module,
@@ -78,7 +81,7 @@ def heed_attention(
         key,
         value,
         attention_mask,
-        causal=attention_mask is None and causal and query.shape[2] > 1,
+        causal=causal,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
         softcap=softcap,

@@ -17,8 +17,8 @@ def check_methods(methods: Sequence[str], host: str) -> None:
     for method in methods:
         if method not in known:
             raise ValueError(unknown("method", method, known))
-        if method not in layers.names() and "num_classes" not in _fields(method):
-            raise ValueError(f"method {method!r} is a model without num_classes; it cannot be trained to classify")
+        if method not in layers.names() and not {"num_classes", "in_chans"} <= _fields(method):
+            raise ValueError(f"method {method!r} is no model that classifies images; it cannot be compared here")
     if "attention" not in _fields(host):
         raise ValueError(f"host={host!r} does not take an attention layer; 'vit_micro' does")
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import safetensors.torch
 import torch
@@ -18,6 +15,7 @@ from torch import Tensor
 from heed.compare.results import MethodResult, Results
 from heed.data.images import ImageData
 from heed.explain.attention import attention_map
+from heed.explain.page import heat, photo
 from heed.models import from_pretrained
 from heed.vision.backbone import Backbone
 
@@ -55,7 +53,7 @@ def attention(results: Results, folder: Path) -> dict[str, Any] | None:
     return {
         "x": f"{(query[1] + 0.5) / width:.1%}",
         "y": f"{(query[0] + 0.5) / height:.1%}",
-        "originals": [(_photo(image), classes[label]) for image, label in pairs],
+        "originals": [(photo(image), classes[label]) for image, label in pairs],
         "seen": seen,
     }
 
@@ -70,30 +68,8 @@ def _see(model: Backbone, image: Tensor, label: int, classes: Sequence[str], que
     options: dict[str, Any] = {}
     if model.num_features > _EXACT:
         options = {"directions": _EXACT // 2, "generator": torch.Generator().manual_seed(0)}
-    whole, place = (_heat(attention_map(model, image, where, **options)) for where in (None, query))
+    whole, place = (heat(attention_map(model, image, where, **options)) for where in (None, query))
     return _Seen(whole, place, classes[answer], answer == label)
-
-
-def _heat(attention: Tensor) -> str:
-    """A map as a picture; the square root lets small shares be seen."""
-    shade = (attention / attention.max().clamp_min(1e-12)).sqrt().numpy()
-    return _png((mpl.colormaps["cividis"](shade)[..., :3] * 255).astype(np.uint8))
-
-
-def _photo(image: Tensor) -> str:
-    """A normalised image (C, H, W) as a picture, from its darkest to its brightest value."""
-    low, high = image.min(), image.max()
-    levels = ((image - low) / (high - low).clamp_min(1e-6) * 255).byte().permute(1, 2, 0).numpy()
-    return _png(levels if levels.shape[2] == 3 else levels[..., :1].repeat(3, 2))
-
-
-def _png(pixels: np.ndarray) -> str:
-    """(H, W, 3) bytes as a data URI; the page scales it up without blurring."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def normalisation(data: Path) -> dict[str, list[float]] | None:

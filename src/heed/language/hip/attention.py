@@ -1,0 +1,209 @@
+"""Attention over the keys that the tree search chose, the first keys and the last ones (HiP, card 57).
+
+    A_i = {t <= i:  t < sinks,  or t in a chosen block of i's query block,  or t >= end - window}      end of its block
+    o_i = softmax(scale q_i K[A_i]^T) V[A_i]
+
+Every query block sees the same number of keys, its window last. Gathered side by side they make one causal rectangle
+(block_q, sinks + mask_k + window) per query block for `heed.attend`; a key that is there twice is masked once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from heed.catalogue import provides
+from heed.engine.attend import attend
+from heed.engine.patterns import Causal, Full
+from heed.language.hip.search import HiPBudget, Selection, block_ends, block_runs, search_blocks
+
+# Keys gathered at once, as in the search.
+_CHUNK = {"cpu": 1 << 13}
+_LARGE_CHUNK = 1 << 20
+
+
+@provides("57-hip")
+def hip_attention(
+    q: Float[Tensor, "B H Q D"],
+    k: Float[Tensor, "B G K D"],
+    v: Float[Tensor, "B G K E"],
+    budget: HiPBudget | None = None,
+    *,
+    dense_queries: int = 0,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B H Q E"]:
+    """Causal attention of which every query sees the first keys, the last ones, and those that the tree search finds.
+
+    Query blocks that would see every key are computed densely, so a prompt of at most mask_k + window tokens gets dense
+    attention exactly. Memory is linear in the tokens, forward and backward; no gradient flows through the choice.
+
+    Args:
+        q: (B, H, Q, D) queries, the last Q of the K tokens.
+        k: (B, G, K, D) keys; G divides H (grouped-query heads).
+        v: (B, G, K, E) values.
+        budget: default `HiPBudget()`.
+        dense_queries: so many queries at the beginning see all keys before them; query blocks are counted after them.
+        scale: factor on q k^T, default D ** -0.5.
+        dropout: on the weights.
+
+    Raises:
+        ValueError: more queries than keys, or shapes that do not fit.
+    """
+    budget = HiPBudget() if budget is None else budget
+    queries, keys = q.shape[2], k.shape[2]
+    if queries > keys:
+        raise ValueError(f"{queries} queries are more than the {keys} keys; the queries must be the last tokens")
+    offset = keys - queries
+    whole = budget.sees_all(block_ends(queries, budget.block_q, offset, q.device)).long().cumprod(0).sum()
+    dense = min(queries, max(dense_queries, int(whole) * budget.block_q))
+    parts = []
+    if dense:
+        seen = offset + dense
+        parts.append(
+            attend(q[:, :, :dense], k[:, :, :seen], v[:, :, :seen], Causal(offset), scale=scale, dropout=dropout)
+        )
+    if dense < queries:
+        rest = q[:, :, dense:]
+        selection = choose_blocks(rest, k, budget)
+        parts.append(sparse_attention(rest, k, v, selection, scale=scale, dropout=dropout))
+    return torch.cat(parts, 2)
+
+
+def choose_blocks(q: Float[Tensor, "B H Q D"], k: Float[Tensor, "B G K D"], budget: HiPBudget) -> Selection:
+    """`search_blocks` for any number of keys: those after the last whole group are not searched."""
+    keys = k.shape[2]
+    return search_blocks(q, k[:, :, : keys - keys % budget.group], budget, keys - q.shape[2])
+
+
+@provides("57-hip")
+def sparse_attention(
+    q: Float[Tensor, "B H Q D"],
+    k: Float[Tensor, "B G K D"],
+    v: Float[Tensor, "B G K E"],
+    selection: Selection,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+) -> Any:
+    """Attention over a selection, with its budget's sinks and window.
+
+    A selection may be older than the keys, as between two searches of a decoder: the window then begins where it did
+    when the search was made, so that no key is out of reach.
+
+    Args:
+        q, k, v, scale, dropout: as in `hip_attention`.
+        selection: of these queries.
+        return_lse: also return the logsumexp of the scores (B, H, Q).
+
+    Returns:
+        (B, H, Q, E), or that and the logsumexp.
+    """
+    (batch, heads, queries, _), (_, key_heads, keys, _) = q.shape, k.shape
+    budget, device = selection.budget, q.device
+    ends = block_ends(queries, budget.block_q, keys - queries, device)
+    if selection.index.shape[:3] != (batch, heads, len(ends)):
+        raise ValueError(
+            f"the selection is for (batch, heads, query blocks) = {tuple(selection.index.shape[:3])}, the queries make "
+            f"{(batch, heads, len(ends))}"
+        )
+    late = int((ends - selection.ends).max())
+    first = torch.arange(batch * heads, device=device) // (heads // key_heads) * keys
+    fetch = _Fetch(k.flatten(0, 1).flatten(0, 1), v.flatten(0, 1).flatten(0, 1))
+    size = max(1, _CHUNK.get(device.type, _LARGE_CHUNK) // (budget.width + late))
+    parts: list[list[Tensor]] = []
+    block = 0
+    for begin, stop, rows in block_runs(queries, budget.block_q):
+        blocks = (stop - begin) // rows
+        run = slice(block, block + blocks)
+        block += blocks
+        index = selection.index[:, :, run].flatten(0, 2)
+        tiles = q[:, :, begin:stop].unflatten(2, (-1, rows)).flatten(0, 2)[:, None]
+        outs = []
+        for t in torch.arange(len(tiles), device=device).split(size):
+            j = t % blocks
+            tokens, seen = _tokens(index[t], selection.count[run][j], ends[run][j], budget, late)
+            tokens = tokens.clamp(0, keys - 1)
+            visible = _visible(tokens, seen, ends[run][j], rows, q.dtype, budget)
+            attention = _rectangle(
+                fetch, (tokens + first[t // blocks, None]).flatten(), visible, scale, dropout, return_lse
+            )
+            tile = tiles[t[0] : t[-1] + 1]
+            outs.append(checkpoint(attention, tile, use_reentrant=False) if fetch.grad(q) else attention(tile))
+        joined = (torch.cat(x) for x in zip(*(out if return_lse else (out,) for out in outs), strict=True))
+        parts.append([x.view(batch, heads, stop - begin, *x.shape[3:]) for x in joined])
+    results = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
+    return results if return_lse else results[0]
+
+
+def _tokens(index: Tensor, count: Tensor, ends: Tensor, budget: HiPBudget, late: int) -> tuple[Tensor, Tensor]:
+    """(c, width) the keys of query blocks, and which of them are meant: those that exist, each once."""
+    steps = torch.arange(budget.chosen, device=index.device)
+    chosen = (index[..., None] + steps).flatten(1)
+    meant = torch.arange(budget.slots, device=index.device) < count[:, None]
+    meant = meant.repeat_interleave(budget.chosen, 1)
+    if budget.window is None:
+        return chosen, meant & (chosen < ends[:, None])
+    length = budget.window + late
+    begin = ends[:, None] - length
+    sinks = torch.arange(budget.sinks, device=index.device).expand(len(ends), -1)
+    window = begin + torch.arange(length, device=index.device)
+    meant &= (chosen >= budget.sinks) & (chosen < begin)
+    return torch.cat([sinks, chosen, window], 1), torch.cat([sinks < begin, meant, window >= 0], 1)
+
+
+def _visible(
+    tokens: Tensor, seen: Tensor, ends: Tensor, rows: int, dtype: torch.dtype, budget: HiPBudget
+) -> dict[str, Any]:
+    """What `attend` is told about the rectangles of query blocks with so many rows."""
+    if budget.window is not None:  # all keys but those of the last `rows` positions lie before the block
+        mask = None if bool(seen.all()) else seen
+        return {"pattern": Causal(tokens.shape[1] - rows), "key_mask": mask}
+    positions = ends[:, None] - rows + torch.arange(rows, device=ends.device)
+    allowed = seen[:, None] & (tokens[:, None] <= positions[:, :, None])
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=ends.device).masked_fill_(~allowed, -math.inf)
+    return {"pattern": Full(), "bias": bias[:, None]}
+
+
+def _rectangle(
+    fetch: _Fetch, tokens: Tensor, visible: dict[str, Any], scale: float | None, dropout: float, lse: bool
+) -> Callable[[Tensor], Any]:
+    """Attention of tiles (c, 1, rows, D) to the keys `tokens` (c * width)."""
+
+    def attention(tiles: Tensor) -> Any:
+        k, v = fetch(tokens, len(tiles))
+        return attend(tiles, k, v, **visible, scale=scale, dropout=dropout, return_lse=lse)
+
+    return attention
+
+
+class _Fetch:
+    """Gathers keys and values (B * G * K, D): where no gradient is wanted always into the same memory, which is faster."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.tables = (k, v)
+        self.buffers = [k[:0], v[:0]]
+
+    def grad(self, q: Tensor) -> bool:
+        """Whether a gradient is wanted."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (q, *self.tables))
+
+    def __call__(self, tokens: Tensor, tiles: int) -> list[Tensor]:
+        """(tiles, 1, width, D) keys and values."""
+        if torch.is_grad_enabled():
+            found = [table.index_select(0, tokens) for table in self.tables]
+        else:
+            if len(self.buffers[0]) < len(tokens):
+                self.buffers = [table.new_empty(len(tokens), table.shape[1]) for table in self.tables]
+            found = [
+                torch.index_select(table, 0, tokens, out=buffer[: len(tokens)])
+                for table, buffer in zip(self.tables, self.buffers, strict=True)
+            ]
+        return [x.view(tiles, 1, -1, x.shape[1]) for x in found]

