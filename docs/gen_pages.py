@@ -183,7 +183,8 @@ def face() -> str:
             room = thing.__name__.split(".")[1]
             target = f"{room}.md#{re.sub(r'[^a-z]', '', thing.__name__)}"
         else:
-            room = {"layers": "layers", "engine": "engine", "methods": "methods"}.get(thing.__module__.split(".")[1], "models")
+            room = thing.__module__.split(".")[1]
+            room = room if room in ("layers", "engine", "methods") else "models"
             target = f"{room}.md#{thing.__module__}.{name}"
         lines.append(f"| [`heed.{name}`]({target}) | {doc} |")
     return "\n".join(lines) + "\n"

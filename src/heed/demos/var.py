@@ -52,7 +52,7 @@ def var(picture: Path) -> Figures:
         "model": f"LLaVA of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights, trained for {seconds:.0f} s",
         "sink dimensions": f"{', '.join(map(str, found.dimensions))} of {model.config.text_config.hidden_size}",
         "visual sinks": f"{last.visual:.1f} of 16 image tokens in layer {last.layer}",
-        "attention of the text there": f"{last.on_visual:.1%} on visual sinks, {last.on_others:.1%} on the other image tokens",
+        "attention of the text there": f"{last.on_visual:.1%} on visual sinks, {last.on_others:.1%} on other image tokens",
         "heads that VAR changed": f"{np.mean(rows):.0%} at the last token" if rows else "none",
         "where is it: right": f"{plain_right:.1%} plain, {steered_right:.1%} with VAR, of {_TESTED}",
     }

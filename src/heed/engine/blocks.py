@@ -63,8 +63,12 @@ def _group(
     heads: int,
 ) -> Tiles:
     some, every, queries = some[:, chosen], every[:, chosen], queries[chosen]
-    slots = max(1, int(some.sum(-1).max()))
-    keys = some.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :slots]
+    counts = some.sum(-1)
+    slots = max(1, int(counts.max()))
+    if (counts == slots).all():
+        keys = some.nonzero()[:, 2].view(*some.shape[:2], slots)
+    else:
+        keys = some.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :slots]
     visited, full = some.gather(-1, keys), every.gather(-1, keys)
     masks, mask_of = _masks(pattern, n, m, keys, visited, full, queries, key_block, heads)
     begin = int(queries[0, 0])

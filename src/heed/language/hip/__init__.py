@@ -10,7 +10,7 @@ Attention", ICLR 2025, arXiv 2406.09827.
 
 from heed.language.hip.attention import hip_attention, sparse_attention
 from heed.language.hip.method import HiP, HiPState, dense_start
-from heed.language.hip.report import HiPCost, found_blocks, hip_cost, hip_recall, kept_mass
+from heed.language.hip.report import HiPCost, found_blocks, hip_cost, kept_mass
 from heed.language.hip.search import HiPBudget, Selection, search_blocks
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "found_blocks",
     "hip_attention",
     "hip_cost",
-    "hip_recall",
     "kept_mass",
     "search_blocks",
     "sparse_attention",

@@ -66,9 +66,8 @@ def hip_attention(
     parts = []
     if dense:
         seen = offset + dense
-        parts.append(
-            attend(q[:, :, :dense], k[:, :, :seen], v[:, :, :seen], Causal(offset), scale=scale, dropout=dropout)
-        )
+        pattern = Causal(offset) if dense > 1 else Full()
+        parts.append(attend(q[:, :, :dense], k[:, :, :seen], v[:, :, :seen], pattern, scale=scale, dropout=dropout))
     if dense < queries:
         rest = q[:, :, dense:]
         selection = choose_blocks(rest, k, budget)

@@ -17,7 +17,7 @@ from heed.catalogue import provides
 from heed.hosts.attach import attach_rule, attention_layers, is_transformers
 from heed.hosts.rules import AttentionCall, AttentionRule
 from heed.language.hip.attention import choose_blocks, hip_attention, sparse_attention
-from heed.language.hip.search import HiPBudget, Selection, block_ends
+from heed.language.hip.search import HiPBudget, Selection
 from heed.language.spans import Span, causal_spans
 from heed.methods import Handle, Method
 
@@ -176,14 +176,17 @@ class _HiPRule(AttentionRule):
 
     def attend(self, call: AttentionCall, span: Span) -> Tensor:
         """(rows, H, queries, E) attention of the span's rows."""
-        method, options = self.method, {"scale": call.scale, "dropout": call.dropout}
+        method = self.method
         q, k, v = span.queries(call.query), span.keys(call.key), span.keys(call.value)
         queries, keys = q.shape[2], k.shape[2]
-        if call.query.shape[2] > 1 or bool(method.sees_all(block_ends(1, 1, keys - 1, q.device))):
-            dense = method.dense_queries
-            dense = dense_start(queries, keys, method.mask_k) if dense is None else max(0, dense - keys + queries)
-            return hip_attention(q, k, v, method, dense_queries=dense, **options)
-        return sparse_attention(q, k, v, self.state.choice(call.layer, span, q, k, method, method.refresh), **options)
+        if call.query.shape[2] == 1 and not bool(method.sees_all(torch.tensor(keys))):
+            selection = self.state.choice(call.layer, span, q, k, method, method.refresh)
+            return sparse_attention(q, k, v, selection, scale=call.scale, dropout=call.dropout)
+        if method.dense_queries is None:
+            dense = dense_start(queries, keys, method.mask_k)
+        else:
+            dense = max(0, method.dense_queries - keys + queries)
+        return hip_attention(q, k, v, method, dense_queries=dense, scale=call.scale, dropout=call.dropout)
 
 
 def _windowed(host: nn.Module, layers: list[nn.Module]) -> set[int]:

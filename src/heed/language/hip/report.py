@@ -11,7 +11,7 @@ from torch import Tensor
 from heed.catalogue import provides
 from heed.engine.attend import attend
 from heed.engine.patterns import Causal
-from heed.language.hip.attention import choose_blocks, sparse_attention
+from heed.language.hip.attention import sparse_attention
 from heed.language.hip.search import HiPBudget, Selection, block_ends, block_runs
 
 
@@ -105,11 +105,3 @@ def found_blocks(
             chance.append(count / max(candidates, 1))
             block += 1
     return torch.stack(shares, -1), torch.tensor(chance, device=device)
-
-
-@provides("57-hip")
-def hip_recall(
-    q: Float[Tensor, "B H Q D"], k: Float[Tensor, "B G K D"], budget: HiPBudget, scale: float | None = None
-) -> Float[Tensor, "B H Q"]:
-    """`kept_mass` of the selection that the search makes with this budget."""
-    return kept_mass(q, k, choose_blocks(q, k, budget), scale)

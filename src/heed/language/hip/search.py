@@ -135,7 +135,11 @@ class Selection:
 @provides("57-hip")
 @torch.no_grad()
 def search_blocks(
-    q: Float[Tensor, "B H Q D"], k: Float[Tensor, "B G K D"], budget: HiPBudget, offset: int | None = None
+    q: Float[Tensor, "B H Q D"],
+    k: Float[Tensor, "B G K D"],
+    budget: HiPBudget,
+    offset: int | None = None,
+    rounds: int | None = None,
 ) -> Selection:
     """The key blocks of every query block.
 
@@ -145,6 +149,7 @@ def search_blocks(
         k: (B, G, K, D) keys as attention gets them; G divides H (grouped-query heads).
         budget: sizes of the search.
         offset: position of the first query among the keys; default K - Q, the queries being the last tokens.
+        rounds: stop the search after so many, to look at it: the selection is then the first block of every run.
 
     Raises:
         ValueError: more queries than keys, heads that do not divide, or keys that do not divide into groups.
@@ -167,7 +172,7 @@ def search_blocks(
         rows = q[:, :, begin:stop].unflatten(2, (-1, size))
         rows = rows[:, :, :, 1::2] if size > 1 else rows
         ends = block_ends(stop - begin, size, offset + begin, q.device)
-        chosen = _search(rows.flatten(0, 2), table.flatten(0, 1), first, ends, budget)
+        chosen = _search(rows.flatten(0, 2), table.flatten(0, 1), first, ends, budget, rounds)
         found.append(chosen.view(batch, heads, len(ends), -1))
     ends = block_ends(queries, budget.block_q, offset, q.device)
     count = budget.candidates(ends).clamp(max=budget.slots)
@@ -196,7 +201,9 @@ def _table(k: Tensor, group: int) -> Tensor:
     return torch.cat([groups.amin(2), groups.amax(2)], -1)
 
 
-def _search(rows: Tensor, table: Tensor, first: Tensor, ends: Tensor, budget: HiPBudget) -> Tensor:
+def _search(
+    rows: Tensor, table: Tensor, first: Tensor, ends: Tensor, budget: HiPBudget, most: int | None
+) -> Tensor:
     """(B * H * n, M) first tokens of the chosen blocks, for query blocks with the representatives (B * H * n, R, D).
 
     The keys of head h stand in `table` from first[h] on.
@@ -204,6 +211,7 @@ def _search(rows: Tensor, table: Tensor, first: Tensor, ends: Tensor, budget: Hi
     slots, blocks = budget.slots, len(ends)
     cuts = torch.arange(slots + 1, device=rows.device)
     candidates, rounds = budget.candidates(ends), budget.rounds(ends)
+    rounds = rounds if most is None else rounds.clamp(max=most)
     bounds = (candidates.double()[:, None] / slots * cuts).long()  # in this precision and order, as the draft has it
     last = ends // budget.group - 1
     beyond = bool((candidates * budget.block_k > last + 1).any())
