@@ -132,6 +132,32 @@ def test_no_forward_is_added_and_generated_tokens_are_no_sinks() -> None:
 
 
 @torch.no_grad()
+def test_the_next_turn_of_a_talk_goes_on_from_the_first() -> None:
+    model, _, alone = make_host("llava")
+    hook = read_host(model).layers[1].register_forward_hook(_plant_first)
+    with heed.apply(model, VAR(sink_dimensions=(7,), tau=1.8)) as handle:
+        cache = model(**alone(0), use_cache=True).past_key_values
+        first = handle.state.sinks[2].clone()
+        for word in (9, 11):
+            cache = model(torch.tensor([[word]]), past_key_values=cache).past_key_values
+        model(torch.tensor([[5, 1, 8, 4]]), past_key_values=cache)
+        sinks, prompt = handle.state.sinks[2], handle.state.prompt
+    hook.remove()
+    length = first.shape[1]
+    assert first[0].nonzero()[:, 0].tolist() == [0, 3]
+    assert torch.equal(sinks[:, :length], first)
+    assert sinks[0].nonzero()[:, 0].tolist() == [0, 3, length + 2]  # the turn's own first token, none generated
+    assert prompt.image.shape == sinks.shape == (1, length + 6)
+    assert prompt.text.all()
+
+
+def _plant_first(_: nn.Module, args: object, out: Tensor) -> Tensor:
+    out = out.clone()
+    out[:, [0, 3] if out.shape[1] > 4 else [0], 7] = 400.0
+    return out
+
+
+@torch.no_grad()
 def test_a_function_and_a_mask_say_where_the_image_is() -> None:
     """A language model alone, fed what LLaVA feeds it, is steered as LLaVA is."""
     model, batch, _ = make_host("llava")

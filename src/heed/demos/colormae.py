@@ -76,7 +76,7 @@ def colormae(picture: Path) -> Figures:
     for ax, name in zip(axes[:, 0], rows, strict=True):
         ax.set_ylabel(name, fontsize=13)
     figure.suptitle(
-        "ColorMAE: the colour of noise decides how the visible patches hang together, and how hard the rest is to draw",
+        "ColorMAE: the colour of noise decides how the visible patches hang together",
         fontsize=15.5,
         x=0.01,
         ha="left",

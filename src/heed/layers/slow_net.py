@@ -86,12 +86,13 @@ class SlowNet(nn.Module):
             if value < 1:
                 raise ValueError(f"{name}={value} of a slow net must be at least 1")
         self.size, self.dim, self.axes = size, dim, axes
-        line = torch.linspace(-1, 1, size)
-        self.register_buffer("coordinates", torch.stack(torch.meshgrid(*[line] * axes, indexing="ij"))[None], False)
         self.filters = nn.ModuleList(SineFilter(hidden, axes, layer, omega) for layer in range(layers + 1))
         self.linears = nn.ModuleList(channel_mixer(hidden, hidden, axes) for _ in range(layers))
         self.output = channel_mixer(hidden, dim, axes)
         self.bias = nn.Parameter(torch.zeros(1, 1, *(size,) * axes))
+        # On the parameters' device by name: transformers can leave torch.linspace outside of `with torch.device(...)`.
+        line = torch.linspace(-1, 1, size, device=self.bias.device)
+        self.register_buffer("coordinates", torch.stack(torch.meshgrid(*[line] * axes, indexing="ij"))[None], False)
         for linear in self.linears:
             nn.init.kaiming_uniform_(linear.weight, nonlinearity="linear")  # type: ignore[arg-type]
             nn.init.ones_(linear.bias)  # type: ignore[arg-type]

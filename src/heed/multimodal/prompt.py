@@ -44,6 +44,7 @@ class Prompt:
 
     def __init__(self, host: VisionHost, image_mask: ImageMask | None, strict: bool) -> None:
         self.host = host
+        self.image = self.real = torch.zeros(0, 0, dtype=torch.bool)
         self.past = self.total = self.first = 0
         self.decoding = False
         self._given = image_mask
@@ -64,8 +65,7 @@ class Prompt:
             count: of keys. More than the positions so far (a static cache) are filled up behind, fewer (a sliding
                 window) are the last ones.
         """
-        length = max(self.total, count) if count >= self.total else self.total
-        whole = _fit(mask, length)
+        whole = fit(mask, max(self.total, count))
         return whole if count >= self.total else whole[:, -count:]
 
     # How it is kept up to date: hooks on the host, its embedding and its language part.
@@ -109,16 +109,14 @@ class Prompt:
         self.total = self.past + count
         self.decoding = self.past > 0 and count == 1
         ids, self._ids, self._by_host = self._ids, None, False
-        if self.past == 0:
-            self.image = self.real = torch.zeros(rows, 0, dtype=torch.bool, device=tokens.device)
+        if self.past == 0 or not len(self.image):  # a new prompt, or one that was begun before the method was applied
+            self.image = self.real = torch.zeros(rows, self.past, dtype=torch.bool, device=tokens.device)
             for call in self._on_new:
                 call()
-        elif not hasattr(self, "image"):  # applied in the middle of a prompt
-            self.image = self.real = torch.zeros(rows, self.past, dtype=torch.bool, device=tokens.device)
         self.image, self.real = (_rows(mask, rows) for mask in (self.image, self.real))
         if not self.decoding:
-            self.image = torch.cat([_fit(self.image, self.past), self._locate(ids, rows, count, tokens.device)], 1)
-            self.real = torch.cat([_fit(self.real, self.past), _real(kwargs.get("attention_mask"), self, rows)], 1)
+            self.image = torch.cat([fit(self.image, self.past), self._locate(ids, rows, count, tokens.device)], 1)
+            self.real = torch.cat([fit(self.real, self.past), _real(kwargs.get("attention_mask"), self, rows)], 1)
             if self._strict and not (found := self.image.any(1)).all():
                 raise ValueError(f"row {int((~found).nonzero()[0])} of the prompt has no image token; give it an image")
         self._place_queries(count)
@@ -137,7 +135,7 @@ class Prompt:
         """Where the image tokens of this forward are (B, Q)."""
         remedy = "pass `image_mask`, True where image features stand (B, T), or a function of the ids that gives that"
         if isinstance(self._given, Tensor):
-            return _fit(_rows(self._given.bool(), rows), self.total)[:, self.past :].to(device)
+            return fit(_rows(self._given.bool(), rows), self.total)[:, self.past :].to(device)
         if ids is None or ids.shape[1] != count:
             raise ValueError(f"the host was called with inputs_embeds and heed does not know its token ids; {remedy}")
         if self._given is not None:
@@ -159,7 +157,7 @@ def _real(mask: Any, prompt: Prompt, rows: int) -> Tensor:
     return torch.ones(rows, count, dtype=torch.bool, device=prompt.image.device)
 
 
-def _fit(mask: Tensor, length: int) -> Tensor:
+def fit(mask: Tensor, length: int) -> Tensor:
     """The first `length` positions, False where the mask does not reach."""
     if mask.shape[1] >= length:
         return mask[:, :length]

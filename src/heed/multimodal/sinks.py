@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from heed.catalogue import provides
 from heed.methods import apply
 from heed.multimodal.host import VisionHost
-from heed.multimodal.prompt import Prompt
+from heed.multimodal.prompt import Prompt, fit
 from heed.multimodal.steering import Steering, SteeringRule
 
 FIRST_LAYER = 2  # sinks have not formed in the layers before
@@ -108,8 +108,7 @@ class SinkRule(SteeringRule):
             return
         past, real, image = self.prompt.past, self.prompt.real, self.prompt.image
         new = find_sinks(hidden, self.dimensions, self.tau) & real[:, past:].to(hidden.device)
-        old = self.sinks.get(layer, new[:, :0])[:, :past]
-        old = torch.nn.functional.pad(old, (past - old.shape[1], 0))  # applied in the middle of a prompt
+        old = fit(self.sinks.get(layer, new[:, :0]), past)  # what was generated in between is no sink
         self.sinks[layer] = torch.cat([old, new], 1)
         self.visual[layer] = bool((self.sinks[layer] & image.to(hidden.device)).any())
 

@@ -15,15 +15,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from heed.errors import MissingExtra
-from heed.multimodal.scenes import DESCRIBE, OBJECTS, SIDE, Ground, draw_name, draw_scene, question, where
+from heed.multimodal.scenes import DESCRIBE, OBJECTS, SIDE, draw_name, draw_scene, question
 
-STEPS, SCENES, ASKED = 2000, 16, 4  # training steps, scenes in each, questions about a scene
+STEPS, SCENES = 2000, 16  # training steps, scenes in each
 LEARNING_RATE = 2e-3
 _PATCH, _WIDTH, _HEADS = 12, 64, 4
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _WORDS = (
     *("user", "assistant", ":", "?", ".", "a", "and", "is", "there", "in", "the", "image", "describe"),
-    *("yes", "no", "where", "nowhere", "top", "bottom", "left", "right"),
+    *("yes", "no", "where", "top", "bottom", "left", "right"),
 )
 # As LLaVA-1.5 has it: "USER: <image>\n...? ASSISTANT: ...</s>".
 _TEMPLATE = (
@@ -111,7 +111,7 @@ def train_tiny(
     *,
     steps: int = STEPS,
     seed: int = 0,
-    ground: Ground | None = None,
+    batches: Callable[[Any, np.random.Generator], dict[str, Tensor]] | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> None:
     """Teach a tiny model to answer questions about scenes and to describe them; every step brings new scenes.
@@ -120,17 +120,16 @@ def train_tiny(
         model, processor: as `tiny_model` and `tiny_processor` make them.
         steps: of AdamW, one cycle of the learning rate over all of them.
         seed: of the scenes.
-        ground: what is behind the shapes, as in `draw_scene`.
+        batches: gives a batch from the processor and a generator; None for `training_batch`.
         report: told the step, from 1 on, and its loss.
     """
-    random = np.random.default_rng([seed, 1])
+    random, draw = np.random.default_rng([seed, 1]), batches or training_batch
     optimiser = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, steps, pct_start=0.1)
     device = next(model.parameters()).device
     model.train()
     for step in range(1, steps + 1):
-        batch = training_batch(processor, random, ground)
-        loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
+        loss = model(**{name: value.to(device) for name, value in draw(processor, random).items()}).loss
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -141,30 +140,34 @@ def train_tiny(
     model.eval()
 
 
-def training_batch(processor: Any, random: np.random.Generator, ground: Ground | None = None) -> dict[str, Tensor]:
-    """Talks about `SCENES` scenes, one each, as `model(**batch)` takes them; only answers are learnt.
-
-    A talk asks whether things are there, then where the things are that are, then for a description, in this order, so
-    that no question can be answered from what was said before.
-    """
+def training_batch(processor: Any, random: np.random.Generator) -> dict[str, Tensor]:
+    """Of each of `SCENES` scenes: whether something is there that is, whether something is that is not, and what is."""
     images, talks = [], []
     for _ in range(SCENES):
-        scene = draw_scene(random, ground)
-        asked: dict[str, bool] = {}
-        for _ in range(ASKED):
-            there = random.random() < 0.5 and not set(scene.names) <= asked.keys()
-            asked[draw_name(scene, there, random, asked)] = there
-        turns = [(question(name), "yes" if there else "no") for name, there in asked.items()]
-        turns += [(where(name), scene.place(name)) for name in scene.names]
-        turns.append((DESCRIBE, scene.description()))
-        images.append(scene.image)
-        talks.append(_talk(processor, turns))
-    batch = processor(images=images, text=talks, return_tensors="pt", padding=True)
+        scene = draw_scene(random)
+        for there in (True, False):
+            talks.append([(question(draw_name(scene, there, random)), "yes" if there else "no")])
+        talks.append([(DESCRIBE, scene.description())])
+        images += [scene.image] * 3
+    return talks_batch(processor, images, talks)
+
+
+def talks_batch(processor: Any, images: list[Any], talks: list[list[tuple[str, str]]]) -> dict[str, Tensor]:
+    """Talks about images as `model(**batch)` takes them to learn the answers.
+
+    Args:
+        processor: of the tiny model.
+        images: one per talk.
+        talks: each a list of questions and answers.
+    """
+    batch = processor(
+        images=images, text=[_write(processor, turns) for turns in talks], return_tensors="pt", padding=True
+    )
     ids = batch["input_ids"]
     return {**batch, "labels": ids.masked_fill(~_answers(ids, processor.tokenizer), -100)}
 
 
-def _talk(processor: Any, turns: list[tuple[str, str]]) -> str:
+def _write(processor: Any, turns: list[tuple[str, str]]) -> str:
     messages: list[dict[str, Any]] = []
     for asked, said in turns:
         picture = [] if messages else [{"type": "image"}]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -21,11 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from heed.catalogue import provides
 from heed.engine.attend import attend
 from heed.engine.patterns import Causal, Full
-from heed.language.hip.search import HiPBudget, Selection, block_ends, block_runs, search_blocks
+from heed.language.hip.search import HiPBudget, Selection, block_ends, block_runs, blocks_at_once, search_blocks
 
-# Keys gathered at once, as in the search.
-_CHUNK = {"cpu": 1 << 13}
-_LARGE_CHUNK = 1 << 20
+# Keys and values gathered at once on a CPU, as in the search.
+_PER_CORE = 1 << 13
 
 
 @provides("57-hip")
@@ -81,6 +80,20 @@ def choose_blocks(q: Float[Tensor, "B H Q D"], k: Float[Tensor, "B G K D"], budg
     return search_blocks(q, k[:, :, : keys - keys % budget.group], budget, keys - q.shape[2])
 
 
+@overload
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, *,
+    scale: float | None = None, dropout: float = 0.0, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, *,
+    scale: float | None = None, dropout: float = 0.0, return_lse: Literal[True],
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+
+
 @provides("57-hip")
 def sparse_attention(
     q: Float[Tensor, "B H Q D"],
@@ -91,7 +104,7 @@ def sparse_attention(
     scale: float | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, ...]:
     """Attention over a selection, with its budget's sinks and window.
 
     A selection may be older than the keys, as between two searches of a decoder: the window then begins where it did
@@ -104,6 +117,9 @@ def sparse_attention(
 
     Returns:
         (B, H, Q, E), or that and the logsumexp.
+
+    Raises:
+        ValueError: a selection of other queries.
     """
     (batch, heads, queries, _), (_, key_heads, keys, _) = q.shape, k.shape
     budget, device = selection.budget, q.device
@@ -116,7 +132,7 @@ def sparse_attention(
     late = int((ends - selection.ends).max())
     first = torch.arange(batch * heads, device=device) // (heads // key_heads) * keys
     fetch = _Fetch(k.flatten(0, 1).flatten(0, 1), v.flatten(0, 1).flatten(0, 1))
-    size = max(1, _CHUNK.get(device.type, _LARGE_CHUNK) // (budget.width + late))
+    size = blocks_at_once(budget.width + late, _PER_CORE, device)
     parts: list[list[Tensor]] = []
     block = 0
     for begin, stop, rows in block_runs(queries, budget.block_q):

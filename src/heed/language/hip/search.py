@@ -26,9 +26,9 @@ from torch import Tensor
 
 from heed.catalogue import provides
 
-# Keys gathered at once: on a CPU those of a few query blocks stay in a core's cache, a GPU wants many.
-_CHUNK = {"cpu": 1 << 13}
-_LARGE_CHUNK = 1 << 20
+# Keys gathered at once: those of a few query blocks for every core of a CPU, so that they stay in its cache; a GPU wants
+# many.
+_PER_CORE, _AT_ONCE = 1 << 14, 1 << 20
 
 
 @provides("57-hip")
@@ -37,7 +37,8 @@ class HiPBudget:
     """How many keys a query may see, and in which units they are chosen.
 
     The authors use (mask_k, block_q, block_k, group) = (512, 32, 2, 1) in their first release and (512, 32, 1, 8) in the
-    draft of their second. Blocks of 64 queries, as in their third, cost a third less than blocks of 32.
+    draft of their second; blocks of 64 queries, as in their third, cost a third less than blocks of 32. Sizes need not be
+    powers of two, as the authors' kernels want them.
 
     Args:
         mask_k: key tokens chosen by the search, a multiple of block_k * group.
@@ -192,6 +193,11 @@ def block_ends(queries: int, block: int, offset: int, device: torch.device) -> I
     return (blocks * block).clamp(max=queries) + offset
 
 
+def blocks_at_once(width: int, per_core: int, device: torch.device) -> int:
+    """How many query blocks with so many keys are worked off together, for so many keys per core of a CPU."""
+    return max(1, (per_core * torch.get_num_threads() if device.type == "cpu" else _AT_ONCE) // width)
+
+
 def _table(k: Tensor, group: int) -> Tensor:
     """(B * G, keys or groups, D or 2 D): the keys, or the minimum and maximum of every group of them side by side."""
     k = k.flatten(0, 1)
@@ -201,9 +207,7 @@ def _table(k: Tensor, group: int) -> Tensor:
     return torch.cat([groups.amin(2), groups.amax(2)], -1)
 
 
-def _search(
-    rows: Tensor, table: Tensor, first: Tensor, ends: Tensor, budget: HiPBudget, most: int | None
-) -> Tensor:
+def _search(rows: Tensor, table: Tensor, first: Tensor, ends: Tensor, budget: HiPBudget, most: int | None) -> Tensor:
     """(B * H * n, M) first tokens of the chosen blocks, for query blocks with the representatives (B * H * n, R, D).
 
     The keys of head h stand in `table` from first[h] on.
@@ -215,7 +219,7 @@ def _search(
     bounds = (candidates.double()[:, None] / slots * cuts).long()  # in this precision and order, as the draft has it
     last = ends // budget.group - 1
     beyond = bool((candidates * budget.block_k > last + 1).any())
-    size = max(1, _CHUNK.get(rows.device.type, _LARGE_CHUNK) // (slots * budget.block_k))
+    size = blocks_at_once(slots * budget.block_k, _PER_CORE, rows.device)
     buffer = table.new_empty(size * slots * budget.block_k, table.shape[1])
     found = []
     for t in torch.arange(len(rows), device=rows.device).split(size):
