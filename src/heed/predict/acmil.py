@@ -28,7 +28,8 @@ from heed.errors import unknown
 from heed.models import register_models
 from heed.predict.mil.attention import GatedAttention, HeadBranches, HeadPooling, hide_padding
 from heed.predict.mil.masking import check_masking, mask_top_instances
-from heed.predict.mil.model import BagModel, BagOutput
+from heed.predict.mil.model import BagModel
+from heed.predict.mil.output import BagOutput
 
 ARCHITECTURES = ("ga", "mha")
 

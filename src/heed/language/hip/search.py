@@ -255,7 +255,7 @@ def _score(
     Keys are counted from first[c] in the table, are visible up to last[c] (None: all that are asked for are), and are
     gathered into the same memory every time, as fresh memory costs more than the copy.
     """
-    columns = rows.mT.contiguous()
+    columns = rows.mT
     steps = torch.arange(size, device=rows.device)
 
     def score(blocks: Tensor) -> Tensor:

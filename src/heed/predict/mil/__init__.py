@@ -10,7 +10,8 @@ from heed.predict.mil.keys import MaskTopKeys
 from heed.predict.mil.losses import BagLosses, attention_diversity, bag_losses
 from heed.predict.mil.maps import cumulative_attention, heatmap, instance_scores
 from heed.predict.mil.masking import choose_top_instances, mask_top_instances
-from heed.predict.mil.model import BagModel, BagOutput
+from heed.predict.mil.model import BagModel
+from heed.predict.mil.output import BagOutput
 from heed.predict.mil.training import BagRecipe, BagScores, BagTrainer, BestCheckpoint, evaluate, fit, predict
 
 __all__ = [

@@ -6,7 +6,7 @@ diversity = 2 / (K (K - 1)) sum_{i<j} cos(a_i, a_j),  a (B, K, H, N) the attenti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from heed.catalogue import provides
-
-if TYPE_CHECKING:
-    from heed.predict.mil.model import BagOutput
+from heed.predict.mil.output import BagOutput
 
 
 @provides("09-acmil")

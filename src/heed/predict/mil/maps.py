@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from heed.catalogue import provides
-from heed.predict.mil.model import BagOutput
+from heed.predict.mil.output import BagOutput
 
 TOPS = (1, 2, 5, 10, 20, 50, 100)
 

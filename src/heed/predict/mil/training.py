@@ -23,7 +23,8 @@ from heed.catalogue import provides
 from heed.checkpoint import write_atomically
 from heed.data.bags import Bag, pad_bags
 from heed.errors import MissingExtra, unknown
-from heed.predict.mil.model import BagModel, BagOutput
+from heed.predict.mil.model import BagModel
+from heed.predict.mil.output import BagOutput
 
 CHECKPOINT_SECONDS = 60.0  # the longest that training goes on without a checkpoint, but for one epoch
 _F1 = ("micro", "macro")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from heed.compare.results import MethodResult, Results
-from heed.compare.tracks.slides.track import AUC
+from heed.compare.tracks.slides.scores import AUC
 from heed.data.bags import Bag, BagData
 from heed.explain.page import heat, photo
 from heed.models import from_pretrained

@@ -9,9 +9,10 @@ import torch
 from torch.utils.benchmark import Timer
 
 from heed.compare.machine import accelerator, describe_machine, draw, is_leader, repeatable
-from heed.compare.results import Cost, DataSummary, Metric, Results
+from heed.compare.results import Cost, DataSummary, Results
 from heed.compare.track import Measured, Track, Trial
 from heed.compare.tracks.slides.methods import build_model, check_methods, recipe
+from heed.compare.tracks.slides.scores import METRICS
 from heed.compare.tracks.slides.settings import SlidesSettings
 from heed.compare.trial import TrainingFailed
 from heed.data.bags import BagData, pad_bags
@@ -19,13 +20,6 @@ from heed.data.slides import load_bags
 from heed.predict.mil.masking import check_masking
 from heed.predict.mil.training import BagScores, BagTrainer, evaluate, fit
 
-AUC = Metric("auc", "AUC", form="number")
-METRICS = (
-    AUC,
-    Metric("f1", "macro F1", form="number"),
-    Metric("accuracy", "accuracy"),
-    Metric("instance_auc", "instance AUC", form="number"),
-)
 COSTS = (
     Cost("parameters", "parameters", plot="size: parameters"),
     Cost("train", "train/s", "training bags/s"),
