@@ -1,6 +1,6 @@
 """VAR: what it costs in one attention layer, how many forwards it adds, and whether visual sinks can go.
 
-    python benchmarks/var.py [--threads 1] [--repeats 7] [--seeds 2] [--steps 2000] [--out docs/benchmarks/var.json]
+    python benchmarks/var.py [--threads 1] [--repeats 7] [--seeds 2] [--steps 1500] [--out docs/benchmarks/var.json]
 
 The authors' code costs (eager + VAR) / sdpa = 4.7 at 640 queries and keys, where eager alone costs 3.2, and 6.8 in a
 decoding step (32 heads of 128, float32, one thread). The paper says that hiding visual sinks from the text does little

@@ -22,7 +22,7 @@ from heed.multimodal.tiny import talks_batch, tiny_model, tiny_processor, train_
 from heed.multimodal.var import VAR
 from heed.multimodal.watch import sink_statistics
 
-_STEPS, _SCENES, _TESTED, _SHOWN = 550, 32, 200, 3
+_STEPS, _SCENES, _TESTED, _SHOWN = 500, 32, 200, 3
 _TAU = 2.0  # the authors' 20 of a possible 64 would be 2.5 of a possible 8; this shows a few sinks more
 
 

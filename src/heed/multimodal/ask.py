@@ -176,7 +176,9 @@ def draw_looks(picture: Any, text: str, looks: dict[str, Look], path: Path) -> N
         axes[-1].set_title("what changed\nred: more attention, blue: less", fontsize=11)
     for ax in axes:
         ax.set_axis_off()
-    squares = "; squares are sinks" if last.sinks is not None and last.sinks.any() else ""
+    squares = ""
+    if last.sinks is not None:
+        squares = "; squares are sinks" if last.sinks.any() else "; no image token is a sink there"
     figure.suptitle(text, fontsize=14, x=0.01, ha="left")
     figure.supxlabel(
         f"attention of the answer to the image, layers {first.layers[0]} to {first.layers[-1]}{squares}", fontsize=9

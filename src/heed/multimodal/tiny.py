@@ -17,7 +17,7 @@ from torch import Tensor
 from heed.errors import MissingExtra
 from heed.multimodal.scenes import DESCRIBE, OBJECTS, SIDE, draw_name, draw_scene, question
 
-STEPS, SCENES = 2000, 16  # training steps, scenes in each
+STEPS, SCENES = 1500, 16  # training steps, scenes in each
 LEARNING_RATE = 2e-3
 _PATCH, _WIDTH, _HEADS = 12, 64, 4
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
