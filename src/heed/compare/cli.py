@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from heed.compare import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Put methods side by side on your data, at the same budget.")
 
@@ -52,11 +49,7 @@ def classify(
     fresh: Fresh = False,
 ) -> None:
     """Compare methods on classifying images: a ranked table, report.html and the winner as a model."""
-    given = {**locals(), "methods": [name.strip() for name in methods.split(",") if name.strip()], "out": str(out)}
-
-    from heed.compare import ClassifySettings
-
-    _run(ClassifySettings(**given))
+    _run("ClassifySettings", locals())
 
 
 @app.command()
@@ -88,11 +81,7 @@ def pretrain(
     fresh: Fresh = False,
 ) -> None:
     """Compare objectives on pre-training without labels: k-NN, linear probe and fine-tuning, against no pre-training."""
-    given = {**locals(), "methods": [name.strip() for name in methods.split(",") if name.strip()], "out": str(out)}
-
-    from heed.compare import PretrainSettings
-
-    _run(PretrainSettings(**given))
+    _run("PretrainSettings", locals())
 
 
 @app.command()
@@ -124,11 +113,7 @@ def slides(
     fresh: Fresh = False,
 ) -> None:
     """Compare methods on classifying bags of features, such as the patches of a slide: AUC, F1, and where they look."""
-    given = {**locals(), "methods": [name.strip() for name in methods.split(",") if name.strip()], "out": str(out)}
-
-    from heed.compare import SlidesSettings
-
-    _run(SlidesSettings(**given))
+    _run("SlidesSettings", locals())
 
 
 @app.command()
@@ -154,20 +139,23 @@ def hallucination(
     fresh: Fresh = False,
 ) -> None:
     """Compare steering methods on what a vision-language model sees that is not there: yes-or-no questions, CHAIR."""
-    given = {**locals(), "methods": [name.strip() for name in methods.split(",") if name.strip()], "out": str(out)}
-
-    from heed.compare import HallucinationSettings
-
-    _run(HallucinationSettings(**given))
+    _run("HallucinationSettings", locals())
 
 
-def _run(settings: Settings) -> None:
-    """Carry out a comparison with a live display, print its table and write its report."""
+def _run(kind: str, given: dict[str, Any]) -> None:
+    """Carry out a comparison with a live display, print its table and write its report.
+
+    Args:
+        kind: name of the track's settings in `heed.compare`.
+        given: the options of its command.
+    """
     from heed import compare
     from heed.compare.progress import LiveProgress
     from heed.compare.report import write_report
     from heed.compare.table import print_results
 
+    methods = tuple(name.strip() for name in given["methods"].split(",") if name.strip())
+    settings = getattr(compare, kind)(**{**given, "methods": methods, "out": str(given["out"])})
     with LiveProgress(settings.methods, settings.seeds) as show:
         results = compare.run(settings, on_progress=show)
     print_results(results)

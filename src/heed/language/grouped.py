@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from heed.catalogue import provides
-from heed.engine.attend import attend
 from heed.engine.constants import kept
-from heed.engine.patterns import Causal, Full
 from heed.errors import MissingExtra
+from heed.hosts.rules import AttentionCall, plain_attention
 from heed.layers.allocation import key_driven_allocation, key_norms, uniform_allocation
 from heed.layers.grouped import pool_heads
 
@@ -82,19 +81,18 @@ def grouped_attention(
         owner = torch.repeat_interleave(key_driven_allocation(key_norms(key), heads), output_size=heads)
     else:
         owner = _owner(tuple(allocations[module.layer_idx]), key.device)
-    bias = attention_mask
-    if bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros(bias.shape, dtype=query.dtype, device=bias.device).masked_fill(~bias, -torch.inf)
-    y = attend(
+    call = AttentionCall(
+        module,
+        0,
         query,
         key.index_select(1, owner),
         value.index_select(1, owner),
-        Causal() if causal and bias is None and n > 1 else Full(),
-        bias=bias,
-        scale=scaling,
+        attention_mask,
+        causal=causal and attention_mask is None and n > 1,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
     )
-    return y.transpose(1, 2).contiguous(), None
+    return plain_attention(call).contiguous(), None
 
 
 @kept

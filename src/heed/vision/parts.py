@@ -98,3 +98,13 @@ def pyramid_info(dims: Sequence[int], first_reduction: int, module: str) -> list
     return [
         {"num_chs": dim, "reduction": first_reduction * 2**i, "module": module.format(i)} for i, dim in enumerate(dims)
     ]
+
+
+def check_norm_batch(images: Float[Tensor, "B C H W"], reduction: int) -> None:
+    """Raise ValueError for training images that leave BatchNorm one value per channel at a stride of `reduction`."""
+    if images.shape[0] == 1 and max(images.shape[2:]) <= reduction:
+        raise ValueError(
+            f"one image of {images.shape[2]} x {images.shape[3]} pixels leaves one value per channel in the last stage, "
+            "and BatchNorm needs more than one to train on: give a larger batch, a side of more than "
+            f"{reduction} pixels, or call eval()"
+        )

@@ -29,7 +29,7 @@ from heed.catalogue import provides
 from heed.layers.tic import IPM, MDCSM, MSAConv2d
 from heed.models import register_models
 from heed.vision.backbone import Backbone
-from heed.vision.parts import pad_to_multiple, pyramid_info
+from heed.vision.parts import check_norm_batch, pad_to_multiple, pyramid_info
 
 
 @provides("52-tic")
@@ -147,13 +147,8 @@ class TiC(Backbone):
 
     def check_images(self, x: Tensor) -> None:
         super().check_images(x)
-        reduction = self.feature_info[-1]["reduction"]
-        if self.training and x.shape[0] == 1 and max(x.shape[2:]) <= reduction:
-            raise ValueError(
-                f"one image of {x.shape[2]} x {x.shape[3]} pixels leaves one value per channel in the last stage, and "
-                "BatchNorm needs more than one to train on: give a larger batch, a side of more than "
-                f"{reduction} pixels, or call eval()"
-            )
+        if self.training:
+            check_norm_batch(x, self.feature_info[-1]["reduction"])
 
     def stage_maps(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
         x = self.stem(pad_to_multiple(x, self.config.patch_size))

@@ -27,7 +27,7 @@ from heed.errors import unknown
 from heed.layers.lka import VANAttention
 from heed.models import register_models
 from heed.vision.backbone import Backbone
-from heed.vision.parts import drop_path_rates, pyramid_info
+from heed.vision.parts import check_norm_batch, drop_path_rates, pyramid_info
 
 
 @provides("25-van")
@@ -214,14 +214,8 @@ class VAN(Backbone):
 
     def check_images(self, x: Tensor) -> None:
         super().check_images(x)
-        reduction = self.feature_info[-1]["reduction"]
-        rows, columns = (-(-side // reduction) for side in x.shape[2:])
-        if self.training and x.shape[0] * rows * columns == 1:
-            raise ValueError(
-                f"one image of {x.shape[2]} x {x.shape[3]} pixels leaves one value per channel in the last stage, and "
-                "BatchNorm needs more than one to train on: give a larger batch, a side of more than "
-                f"{reduction} pixels, or call eval()"
-            )
+        if self.training:
+            check_norm_batch(x, self.feature_info[-1]["reduction"])
 
 
 def _attention(config: VANConfig, dim: int) -> VANAttention:

@@ -11,6 +11,7 @@ from torch import Tensor
 from heed.catalogue import provides
 from heed.engine.attend import attend
 from heed.engine.patterns import Causal
+from heed.hosts.rules import repeat_heads
 from heed.language.hip.attention import sparse_attention
 from heed.language.hip.search import HiPBudget, Selection, block_ends, block_runs
 
@@ -89,7 +90,7 @@ def found_blocks(
     budget, device = selection.budget, q.device
     if budget.group > 1:
         raise ValueError(f"group={budget.group}: the blocks of a search in groups are not comparable; use group=1")
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    k = repeat_heads(k, q.shape[1])
     shares, chance, block = [], [], 0
     ends = selection.ends.tolist()
     for begin, stop, size in block_runs(q.shape[2], budget.block_q):
