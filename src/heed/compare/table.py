@@ -23,8 +23,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     metrics = [metric.title for metric in results.metrics]
     for title in ("", "method", *metrics, *(cost.short for cost in results.costs)):
-        heading = title.replace(" ", "\n")  # one word per line, so that many columns fit a terminal
-        table.add_column(heading, justify="left" if title == "method" else "right", no_wrap=True)
+        table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     for row in results.methods:
         if row.status == "ok":
             style = "bold" if row.rank == 1 else ""
