@@ -10,7 +10,7 @@ import heed
 from heed.compare import ClassifySettings
 from heed.compare.machine import check_device
 from heed.compare.tracks.classify.host import build_model, check_methods
-from heed.compare.tracks.classify.learner import Learner
+from heed.compare.tracks.classify.learner import ImageLearner
 from heed.compare.tracks.classify.measure import count_flops, measure
 from heed.compare.tracks.classify.track import TRACK
 from heed.compare.trial import TrialResult, run_trial
@@ -87,7 +87,7 @@ def test_an_interrupted_trial_ends_as_an_undisturbed_one(settings, data, tmp_pat
 
 
 def test_every_method_sees_the_same_images_in_the_same_order(settings, data):
-    learners = [Learner(settings, build_model(m, data), data, STEPS) for m in ("softmax", "neighborhood")]
+    learners = [ImageLearner(settings, build_model(m, data), data, STEPS) for m in ("softmax", "neighborhood")]
     for step in range(6):  # into the second epoch
         (a, labels), (b, _) = (learner.batch_at(0, step) for learner in learners)
         assert torch.equal(a, b)

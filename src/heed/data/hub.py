@@ -17,13 +17,13 @@ from heed.errors import MissingExtra
 
 _IMAGE_COLUMNS = ("image", "img", "pixel_values", "picture")
 _LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label")
-_READERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+DATASETS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 def is_dataset_folder(path: Path) -> bool:
     """Whether a folder holds a data set in one of the formats of `datasets`, rather than plain images."""
     names = [entry.name for entry in path.iterdir()]
-    return "dataset_dict.json" in names or "state.json" in names or any(Path(n).suffix in _READERS for n in names)
+    return "dataset_dict.json" in names or "state.json" in names or any(Path(n).suffix in DATASETS for n in names)
 
 
 def read_dataset(source: str, choose_side: Callable[[float], int], notes: Notes) -> Raw:
@@ -38,7 +38,7 @@ def read_dataset(source: str, choose_side: Callable[[float], int], notes: Notes)
         ValueError: it cannot be opened, or has no training split, images or labels.
         MissingExtra: `datasets` is not installed.
     """
-    found = _open(source)
+    found = open_dataset(source)
     train = next((found[name] for name in TRAIN if name in found), None)
     test = next((found[name] for name in TEST if name in found), None)
     if train is None:
@@ -60,7 +60,8 @@ def read_dataset(source: str, choose_side: Callable[[float], int], notes: Notes)
     return Raw(classes, read["train"], read.get("test"))
 
 
-def _open(source: str) -> Any:
+def open_dataset(source: str) -> Any:
+    """Splits by name, of a data set in a file or folder or in the local cache; nothing is downloaded."""
     try:
         import datasets
         import datasets.config as config
@@ -71,7 +72,7 @@ def _open(source: str) -> Any:
         if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
             found = datasets.load_from_disk(source)
         elif path.is_file():
-            found = datasets.load_dataset(_READERS[path.suffix], data_files=source)
+            found = datasets.load_dataset(DATASETS[path.suffix], data_files=source)
         else:
             with _offline(config):
                 found = datasets.load_dataset(source)

@@ -7,18 +7,18 @@ decoding    a search every `refresh` tokens; in between its choice is used again
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from heed.catalogue import provides
-from heed.hosts.attach import attach_rule, attention_layers, is_transformers
-from heed.hosts.rules import AttentionCall, AttentionRule
+from heed.hosts.attach import attach_rule
+from heed.hosts.rules import AttentionCall
 from heed.language.hip.attention import choose_blocks, hip_attention, sparse_attention
 from heed.language.hip.search import HiPBudget, Selection
-from heed.language.spans import Span, causal_spans
+from heed.language.spans import Span
+from heed.language.sparse import SpanRule, sparse_layers
 from heed.methods import Handle, Method
 
 # Prompts up to this many tokens begin with no dense queries in the authors' release.
@@ -65,23 +65,9 @@ class HiP(HiPBudget, Method):
             raise ValueError(f"dense_queries={self.dense_queries} must be >= 0, or None for the authors' number")
 
     def attach(self, host: nn.Module, handle: Handle) -> HiPState:
-        if not is_transformers(host):
-            raise TypeError(f"{type(host).__name__} is no model of transformers; HiP is for its decoders")
-        layers = attention_layers(host)
-        if not all(getattr(layer, "is_causal", True) for layer in layers):
-            raise TypeError(
-                f"{type(host).__name__} has attention that is not causal; HiP is for decoders. Of a model with several "
-                "parts, pass the language model"
-            )
-        left = {number % len(layers) for number in self.dense_layers if -len(layers) <= number < len(layers)}
-        left |= _windowed(host, layers)
-        if len(left) == len(layers):
-            raise ValueError(
-                f"HiP would change none of the {len(layers)} attention layers: dense_layers={self.dense_layers}, and "
-                f"{len(_windowed(host, layers))} have a sliding window of their own; name fewer dense layers"
-            )
+        layers = sparse_layers(host, "HiP", self.dense_layers)
         state = HiPState()
-        attach_rule(host, _HiPRule(self, state), handle, [n for n in range(len(layers)) if n not in left])
+        attach_rule(host, _HiPRule(self, state), handle, layers)
         return state
 
 
@@ -144,35 +130,17 @@ class HiPState:
         return found.selection
 
 
-class _HiPRule(AttentionRule):
+class _HiPRule(SpanRule):
     """Computes the attention of a layer by HiP."""
 
     def __init__(self, method: HiP, state: HiPState) -> None:
+        super().__init__()
         self.method, self.state = method, state
-        self._mask: weakref.ref[Tensor] | None = None
-        self._spans: list[Span] = []
 
-    def core(self, call: AttentionCall) -> Tensor:  # type: ignore[override]
-        if call.softcap is not None or call.options.get("s_aux") is not None:
-            raise ValueError(f"{type(call.module).__name__} caps its scores or has learned sinks, which HiP cannot do")
-        queries = call.query.shape[2]
-        if queries > 1:
+    def core(self, call: AttentionCall) -> Tensor:
+        if call.query.shape[2] > 1:
             self.state.forget(call.layer)
-        spans = self.spans(call)
-        if len(spans) == 1 and len(spans[0].rows) == len(call.query) and spans[0].stop - spans[0].begin == queries:
-            return self.attend(call, spans[0]).transpose(1, 2)
-        out = call.query.new_zeros(*call.query.shape[:3], call.value.shape[3])
-        for span in spans:
-            out[list(span.rows), :, span.begin : span.stop] = self.attend(call, span)
-        return out.transpose(1, 2)
-
-    def spans(self, call: AttentionCall) -> list[Span]:
-        """Where the tokens of each row are; a mask is looked at once, though every layer is given it."""
-        if call.mask is None:
-            return causal_spans(call)
-        if self._mask is None or self._mask() is not call.mask:
-            self._spans, self._mask = causal_spans(call), weakref.ref(call.mask)
-        return self._spans
+        return super().core(call)
 
     def attend(self, call: AttentionCall, span: Span) -> Tensor:
         """(rows, H, queries, E) attention of the span's rows."""
@@ -187,16 +155,3 @@ class _HiPRule(AttentionRule):
         else:
             dense = max(0, method.dense_queries - keys + queries)
         return hip_attention(q, k, v, method, dense_queries=dense, scale=call.scale, dropout=call.dropout)
-
-
-def _windowed(host: nn.Module, layers: list[nn.Module]) -> set[int]:
-    """Numbers of the attention layers that see a sliding window of their own, or a part of the text."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    config = host.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    kinds = DynamicCache(config=config).layers
-    return {
-        number
-        for number, layer in enumerate(layers)
-        if layer.layer_idx is not None and kinds and type(kinds[layer.layer_idx]) is not DynamicLayer  # type: ignore[index]
-    }

@@ -6,22 +6,19 @@ anew at every step, so a trial that is taken up again at t goes on bit for bit, 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from jaxtyping import Float, Int64, UInt8
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from heed.compare.machine import accelerator, draw
+from heed.compare.learner import Learner
+from heed.compare.machine import draw
 from heed.compare.tracks.classify.settings import ClassifySettings
 from heed.data.images import ImageData
 from heed.errors import MissingExtra
 
 GROUP = 8  # images that share one draw of the augmentation
 LABEL_SMOOTHING = 0.05
-CLIP = 1.0  # largest norm of the gradient
 
 
 def batch_size(settings: ClassifySettings, data: ImageData) -> int:
@@ -29,8 +26,8 @@ def batch_size(settings: ClassifySettings, data: ImageData) -> int:
     return min(settings.batch_size, len(data.train_labels))
 
 
-class Learner:
-    """A model in training, with its optimiser, on the device and in the precision of the settings.
+class ImageLearner(Learner):
+    """A classifier of images in training.
 
     Args:
         settings: recipe.
@@ -43,25 +40,16 @@ class Learner:
     def __init__(
         self, settings: ClassifySettings, model: nn.Module, data: ImageData, steps: int, device: str | None = None
     ) -> None:
-        self.settings = settings
+        super().__init__(
+            model,
+            steps,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            device=device or settings.device,
+            precision=settings.precision,
+        )
         self.data = data
         self.batch = batch_size(settings, data)
-        self.accelerator = accelerator(device or settings.device, settings.precision)
-        self.device: torch.device = self.accelerator.device
-        groups = param_groups_weight_decay(model, settings.weight_decay)
-        model, self.optimizer = self.accelerator.prepare(
-            model.to(self.device), torch.optim.AdamW(groups, settings.learning_rate, fused=self.device.type != "mps")
-        )
-        self.model: nn.Module = model
-        # Kept out of `prepare`, which would count one step per process.
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer.optimizer,
-            settings.learning_rate,
-            total_steps=max(steps, 2),
-            pct_start=0.2,
-            cycle_momentum=False,
-        )
-        self.accelerator.register_for_checkpointing(self.schedule)
         self.loss = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
         self.mean, self.std = (x.view(-1, 1, 1).to(self.device) for x in data.statistics())
         self.augment = _augmentation(settings.augment, data.side)
@@ -86,12 +74,7 @@ class Learner:
         images = torch.cat([self.augment(group) for group in images.split(GROUP)])
         self.model.train()
         loss = self.loss(self.model(self.normalise(images)), labels)
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.optimizer.step()
-        self.schedule.step()
-        return loss.detach()
+        return self.descend(loss)
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -107,18 +90,6 @@ class Learner:
         for part, truth in zip(images.split(self.batch), labels.split(self.batch), strict=True):
             metric.update(self.model(self.normalise(part)), truth.to(self.device))
         return float(metric.compute())
-
-    def bare_model(self) -> nn.Module:
-        """The model without the wrappers of `accelerate`."""
-        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-
-    def save(self, folder: Path) -> None:
-        """Write model, optimiser and schedule into a folder; all processes must call this."""
-        self.accelerator.save_state(str(folder))
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
-        self.accelerator.load_state(str(folder))
 
 
 def _augmentation(kind: str, side: int) -> nn.Module:

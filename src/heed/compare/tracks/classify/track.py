@@ -16,7 +16,7 @@ from heed.compare.tracks.classify.host import check_methods
 from heed.compare.tracks.classify.learner import batch_size
 from heed.compare.tracks.classify.measure import ACCURACY, COSTS, budget, measure
 from heed.compare.tracks.classify.settings import ClassifySettings
-from heed.compare.tracks.classify.training import Training
+from heed.compare.tracks.classify.training import train_classifier
 from heed.data.images import ImageData, load_images
 
 SAMPLES = 6
@@ -64,7 +64,7 @@ class Classify(Track):
         return Measured(machine, costs, budget(settings, data, costs, parallel, batch_size(settings, data)))
 
     def trial(self, trial: Trial, data: ImageData) -> dict[str, float]:
-        return {ACCURACY.name: Training(trial).run(data)}
+        return {ACCURACY.name: train_classifier(trial, data)}
 
     def pictures(self, results: Results, folder: Path) -> dict[str, Any]:
         from heed.compare.tracks.classify.pictures import attention, normalisation

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from heed.compare.tracks.classify.learner import Learner
+from heed.compare.tracks.classify.learner import ImageLearner
 from heed.data.images import ImageData
 from heed.errors import MissingExtra
 from heed.pretrain.encoders import Encoder
@@ -21,7 +21,7 @@ from heed.pretrain.encoders import Encoder
 _ITERATIONS = 500  # of the logistic regression at most
 
 
-def frozen_scores(encoder: Encoder, learner: Learner, data: ImageData, neighbours: int) -> dict[str, float]:
+def frozen_scores(encoder: Encoder, learner: ImageLearner, data: ImageData, neighbours: int) -> dict[str, float]:
     """Accuracy on the test images by "knn" and "probe".
 
     Args:
@@ -53,7 +53,7 @@ def frozen_scores(encoder: Encoder, learner: Learner, data: ImageData, neighbour
 
 
 @torch.no_grad()
-def _features(encoder: Encoder, learner: Learner, images: UInt8[Tensor, "n C S S"]) -> Float[np.ndarray, "n D"]:
+def _features(encoder: Encoder, learner: ImageLearner, images: UInt8[Tensor, "n C S S"]) -> Float[np.ndarray, "n D"]:
     encoder.eval()
     parts = [encoder.pooled(learner.normalise(part)).float().cpu() for part in images.split(learner.batch)]
     return torch.cat(parts).numpy()

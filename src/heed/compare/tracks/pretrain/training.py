@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 
 import safetensors.torch
 import torch
@@ -21,11 +20,10 @@ from heed.checkpoint import write_atomically
 from heed.compare.machine import draw, is_leader
 from heed.compare.results import Cost, Metric
 from heed.compare.table import score_in_words
-from heed.compare.tracks.classify.learner import Learner
-from heed.compare.tracks.classify.measure import POINTS
-from heed.compare.tracks.classify.training import CHECKPOINT_SECONDS, NEWS, Training
+from heed.compare.tracks.classify.learner import ImageLearner
 from heed.compare.tracks.pretrain.evaluate import frozen_scores
 from heed.compare.tracks.pretrain.host import build_host, build_objective
+from heed.compare.training import POINTS, Training
 from heed.compare.trial import TrainingFailed
 from heed.data.images import ImageData
 from heed.pretrain.encoders import Encoder, encoder_for
@@ -38,7 +36,7 @@ LOSS = Cost("loss", "loss", "pre-training loss")
 SAMPLES = 6
 
 
-class Pretrainer(Learner):
+class Pretrainer(ImageLearner):
     """An objective in training. Its randomness is torch's own, which every step seeds anew."""
 
     def __init__(self, *args, **options) -> None:  # type: ignore[no-untyped-def]
@@ -67,35 +65,21 @@ class PretrainTraining(Training):
             self._save(model, data, "pretrained")
         return {FINETUNED.name: self._finetune(model, encoder, labelled, data), **found}
 
-    def _learner(self, model: ViT, labelled: ImageData, data: ImageData) -> Learner:
+    def _learner(self, model: ViT, labelled: ImageData, data: ImageData) -> ImageLearner:
         """Fine-tunes; normalises the images as all of them are distributed, however few are labelled."""
         settings = self.trial.settings
         steps = finetune_steps(labelled, settings.batch_size, settings.finetune_epochs)
-        learner = Learner(settings.recipe(settings.finetune_learning_rate), model, labelled, steps, self.trial.device)
+        learner = ImageLearner(
+            settings.recipe(settings.finetune_learning_rate), model, labelled, steps, self.trial.device
+        )
         learner.mean, learner.std = (x.view(-1, 1, 1).to(learner.device) for x in data.statistics())
         return learner
 
     def _pretrain(self, objective: Objective, data: ImageData) -> None:
-        trial, settings, steps = self.trial, self.trial.settings, self.trial.steps
-        learner = Pretrainer(settings.recipe(settings.learning_rate), objective, data, steps, trial.device)
-        self._resume(learner)
-        points = {round(steps * (i + 1) / POINTS) for i in range(POINTS)}
-        every, saved = max(1, steps // NEWS), time.monotonic()
-        while self.step < steps:
-            if self.step in points:  # the loss is that of the last part
-                self._loss, self._counted = 0.0, 0
-            self._loss += learner.step(trial.seed, self.step).item()
-            self.step += 1
-            self._counted += 1
-            mean = self._loss / self._counted
-            if not math.isfinite(mean):
-                raise TrainingFailed(f"the pre-training loss became {mean} by step {self.step} of {steps}")
-            if self.step in points or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                self._checkpoint(learner)
-                saved = time.monotonic()
-            if self.step % every == 0 or self.step == steps:
-                trial.tell(self.step, mean)
-        trial.costs[LOSS.name] = self._loss / self._counted
+        settings = self.trial.settings
+        recipe = settings.recipe(settings.learning_rate)
+        learner = Pretrainer(recipe, objective, data, self.trial.steps, self.trial.device)
+        self.trial.costs[LOSS.name] = self.learn(learner, goes_on=True)
 
     def _finetune(self, model: ViT, encoder: Encoder, labelled: ImageData, data: ImageData) -> float:
         trial, settings = self.trial, self.trial.settings
@@ -125,7 +109,7 @@ class PretrainTraining(Training):
         model.pretrained_cfg = {"mean": mean.tolist(), "std": std.tolist()}
         model.save_pretrained(self.trial.folder / name)
 
-    def _draw(self, objective: Objective, learner: Learner, data: ImageData) -> None:
+    def _draw(self, objective: Objective, learner: ImageLearner, data: ImageData) -> None:
         images = learner.normalise(data.test_images[sample_indices(data)])
         generator = torch.Generator().manual_seed(draw("pictures"))
         objective.eval()
