@@ -8,6 +8,7 @@ from heed.compare.results import Results
 from heed.compare.settings import Settings
 from heed.compare.tracks.classify.settings import ClassifySettings
 from heed.compare.tracks.hallucination.settings import HallucinationSettings
+from heed.compare.tracks.language.settings import LanguageSettings
 from heed.compare.tracks.pretrain.settings import PretrainSettings
 from heed.compare.tracks.slides.settings import SlidesSettings
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ClassifySettings",
     "HallucinationSettings",
+    "LanguageSettings",
     "PretrainSettings",
     "Results",
     "Settings",

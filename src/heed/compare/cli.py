@@ -117,6 +117,35 @@ def slides(
 
 
 @app.command()
+def language(
+    methods: Annotated[str, typer.Option(help="Kinds of attention, with commas: softmax,window,hip.")],
+    data: Annotated[
+        str, typer.Option(help="topics (English that comes with Python), a text file, a folder of them, or a dataset.")
+    ] = "topics",
+    out: Out = Path("runs/language"),
+    epochs: Annotated[int | None, typer.Option(help="Budget: passes over the training text.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Budget: optimiser steps per trial.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Budget: minutes of training, for all trials together.")] = None,
+    seeds: Seeds = 3,
+    width: Annotated[int, typer.Option(help="Of the decoder.")] = 128,
+    layers: Annotated[int, typer.Option(help="Of the decoder.")] = 4,
+    heads: Annotated[int, typer.Option(help="Of its attention.")] = 4,
+    context: Annotated[int, typer.Option(help="Bytes that a model sees at once.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Stretches of text per step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the one-cycle schedule.")] = 3e-3,
+    weight_decay: WeightDecay = 0.1,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    threads: Threads = None,
+    fresh: Fresh = False,
+) -> None:
+    """Compare kinds of attention in small language models trained on the same text: bits per byte, speed, memory."""
+    _run("LanguageSettings", locals())
+
+
+@app.command()
 def hallucination(
     methods: Annotated[str, typer.Option(help="plain and steering methods, with commas.")] = "plain,var",
     model: Annotated[

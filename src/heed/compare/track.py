@@ -23,6 +23,7 @@ from heed.errors import unknown
 TRACKS = {
     "classify": "heed.compare.tracks.classify.track",
     "hallucination": "heed.compare.tracks.hallucination.track",
+    "language": "heed.compare.tracks.language.track",
     "pretrain": "heed.compare.tracks.pretrain.track",
     "slides": "heed.compare.tracks.slides.track",
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from heed.compare.tracks.hallucination.questions import FILE, Item, Questions, l
 from heed.compare.tracks.hallucination.scores import METRICS, judge
 from heed.compare.tracks.hallucination.settings import TINY, HallucinationSettings
 from heed.errors import unknown
+from heed.hosts.saving import save_whole
 from heed.methods import apply
 from heed.multimodal.answering import answer, load_model, prepare
 from heed.multimodal.ask import open_image
@@ -157,11 +157,7 @@ def _train(trial: Trial, folder: Path) -> None:
             trial.tell(step, loss)
 
     train_tiny(model.to(device_kind(trial.device)), processor, steps=steps, seed=trial.seed, report=report)
-    aside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    processor.save_pretrained(aside)
-    aside.rename(folder)
+    save_whole(folder, model, processor)
 
 
 TRACK = Hallucination()
