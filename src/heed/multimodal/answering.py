@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heed.errors import MissingExtra, unknown
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from heed.errors import MissingExtra
+from heed.hosts.loading import load_pretrained
 
 
 def load_model(source: str | Path, *, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
@@ -33,28 +32,15 @@ def load_model(source: str | Path, *, device: str = "auto", dtype: str = "auto")
         from transformers import AutoModelForImageTextToText, AutoProcessor
     except ImportError as error:
         raise MissingExtra("transformers", "multimodal") from error
-    if dtype not in ("auto", *_DTYPES):
-        raise ValueError(unknown("dtype", dtype, ("auto", *_DTYPES)))
-    if device == "auto":
-        present = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if present is None else present.type
-    kind = _DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
-    try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=kind)
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"model={str(source)!r} cannot be loaded as an image-text model ({reason[:300]}); give a folder that "
-            "save_pretrained wrote, with the processor's files, or an id on the Hub"
-        ) from error
+    model, processor = load_pretrained(
+        source, AutoModelForImageTextToText, AutoProcessor, "an image-text model", device=device, dtype=dtype
+    )
     if not hasattr(processor, "tokenizer"):
         raise ValueError(
             f"model={str(source)!r} has no processor for images and text; save its processor into the folder"
         )
     processor.tokenizer.padding_side = "left"
-    model.to(device)
-    return model.eval(), processor
+    return model, processor
 
 
 def write_prompt(processor: Any, text: str) -> str:
