@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from heed.compare.results import Results
 from heed.compare.settings import Settings
+from heed.compare.tracks.cache.settings import CacheSettings
 from heed.compare.tracks.classify.settings import ClassifySettings
 from heed.compare.tracks.hallucination.settings import HallucinationSettings
 from heed.compare.tracks.language.settings import LanguageSettings
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from heed.compare.progress import Progress
 
 __all__ = [
+    "CacheSettings",
     "ClassifySettings",
     "HallucinationSettings",
     "LanguageSettings",

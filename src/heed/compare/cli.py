@@ -146,6 +146,37 @@ def language(
 
 
 @app.command()
+def cache(
+    methods: Annotated[
+        str, typer.Option(help="Caches and sparse attention, with commas: full,zipcache,razor.")
+    ] = "full,recent,h2o,razor,zipcache,hip,seer",
+    model: Annotated[
+        str, typer.Option(help="Folder or Hub id of a language model of transformers, or tiny: one trained first.")
+    ] = "tiny",
+    data: Annotated[
+        str,
+        typer.Option("--text", help="topics (English that comes with Python), a text file, a folder, or a dataset."),
+    ] = "topics",
+    out: Out = Path("runs/cache"),
+    seeds: Annotated[int, typer.Option(help="Of the tiny model and of the pass keys.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Tokens that are read at once.")] = 480,
+    following: Annotated[int, typer.Option(help="Tokens after them, whose perplexity counts.")] = 32,
+    texts: Annotated[int, typer.Option(help="Prompts for perplexity.")] = 32,
+    keys: Annotated[int, typer.Option(help="Prompts with a pass key.")] = 40,
+    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 8,
+    tiny_steps: Annotated[int | None, typer.Option(help="Training steps of the tiny model.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of a given model: auto, float32, float16 or bfloat16.")] = "auto",
+    device: Device = "auto",
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    threads: Threads = None,
+    fresh: Fresh = False,
+) -> None:
+    """Compare caches and sparse attention in a language model: perplexity, pass keys found, memory, speed."""
+    _run("CacheSettings", locals())
+
+
+@app.command()
 def hallucination(
     methods: Annotated[str, typer.Option(help="plain and steering methods, with commas.")] = "plain,var",
     model: Annotated[

@@ -82,14 +82,29 @@ def _content(results: Results, folder: Path) -> dict[str, Any]:
             ]
             for what in (metric.name, "loss")
         },
+        "better": _better(_charted(results)),
         "tradeoffs": [
-            (f"{table.beginning(metric.title)} and {cost.plot}", _tradeoff(finished, metric, cost, marks))
+            (f"{table.beginning(charted.title)} and {cost.plot}", _tradeoff(finished, charted, cost, marks))
             for cost in results.costs
+            for charted in _charted(results)
             if cost.plot and any(row.costs.get(cost.name) for row in finished)
         ],
         "best_path": (folder / results.best.path).as_posix() if results.best else None,
         **track(results.track).pictures(results, folder),
     }
+
+
+def _charted(results: Results) -> list[Metric]:
+    names = track(results.track).charted or (results.metrics[0].name,)
+    return [metric for metric in results.metrics if metric.name in names]
+
+
+def _better(metrics: Sequence[Metric]) -> str:
+    """Which way is better in the charts of these."""
+    up, down = ([metric.title for metric in metrics if metric.better == way] for way in ("higher", "lower"))
+    if up and down:
+        return f"Up is better for {table.join(up)}, down for {table.join(down)}"
+    return "Up is better" if up else "Down is better"
 
 
 def _budget(results: Results) -> str:
@@ -177,7 +192,7 @@ def _tradeoff(rows: Sequence[MethodResult], metric: Metric, cost: Cost, marks: d
     ax.yaxis.set_major_formatter((lambda y, _: f"{y * 100:.4g} %") if metric.form == "percent" else "{x:g}")
     ax.locator_params(axis="y", nbins=5)
     _name_points(ax, [(row.method, marks[row.method].colour, x, y) for row, x, y, _ in points])
-    return svg(figure, cost.name, f"{metric.title} against {cost.title or cost.short}")
+    return svg(figure, f"{metric.name}-{cost.name}", f"{metric.title} against {cost.title or cost.short}")
 
 
 def _name_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> None:

@@ -21,6 +21,7 @@ from heed.errors import unknown
 
 # Where the track of each name is defined, as its module's `TRACK`; imported when it is used.
 TRACKS = {
+    "cache": "heed.compare.tracks.cache.track",
     "classify": "heed.compare.tracks.classify.track",
     "hallucination": "heed.compare.tracks.hallucination.track",
     "language": "heed.compare.tracks.language.track",
@@ -83,6 +84,7 @@ class Track(ABC):
         name: of the command, `heed compare NAME`.
         metrics: the scores of a trial; methods are ranked by the first.
         costs: what a method costs.
+        charted: names of the scores that the report draws against costs; none for the first alone.
         template: of the report, beside this file; it may extend "report.html.j2".
         explained: one sentence about the first metric, for the report.
     """
@@ -90,6 +92,7 @@ class Track(ABC):
     name: ClassVar[str]
     metrics: ClassVar[tuple[Metric, ...]]
     costs: ClassVar[tuple[Cost, ...]] = ()
+    charted: ClassVar[tuple[str, ...]] = ()
     template: ClassVar[str] = "report.html.j2"
     explained: ClassVar[str] = ""
 

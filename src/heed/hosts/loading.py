@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from heed.errors import unknown
+from heed.hosts.quiet import no_progress_bars
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -37,8 +38,9 @@ def load_pretrained(
         device = "cpu" if present is None else present.type
     kind = DTYPES.get(dtype, torch.float32 if torch.device(device).type == "cpu" else "auto")
     try:
-        model = model_class.from_pretrained(source, dtype=kind)
-        companion = companion_class.from_pretrained(source)
+        with no_progress_bars():
+            model = model_class.from_pretrained(source, dtype=kind)
+            companion = companion_class.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from heed.checkpoint import write_atomically
 from heed.compare.machine import device_kind, draw
+from heed.compare.once import made_once
 from heed.compare.results import Cost, DataSummary, Results
 from heed.compare.track import Track, Trial
 from heed.compare.tracks.hallucination.questions import FILE, Item, Questions, load_questions, scene_image
@@ -137,10 +137,7 @@ def _host(trial: Trial) -> tuple[Any, Any]:
     settings: HallucinationSettings = trial.settings
     if settings.model != TINY:
         return load_model(settings.model, device=trial.device, dtype=settings.dtype)
-    folder = trial.folder.parent / f"{TINY}-{trial.seed}"
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            _train(trial, folder)
+    folder = made_once(trial.folder.parent / f"{TINY}-{trial.seed}", lambda folder: _train(trial, folder))
     return load_model(folder, device=trial.device, dtype="float32")
 
 
