@@ -3,13 +3,14 @@
     python benchmarks/vision.py [--threads 2] [--repeats 7] [--only davit,convit] [--out docs/benchmarks/vision.json]
 
 A twin is timm's own implementation of the same network; a neighbour is another network of similar size. Each pair takes
-turns in one run: forward, and forward with backward, in batches of 8, in float32 and in bfloat16 autocast. Images are
-224 x 224, and 256 x 256 for HaloNet.
+turns in one run: forward, and forward with backward, in batches of 8, in float32 and in bfloat16 autocast, without
+stochastic depth. Images are 224 x 224, and 256 x 256 for HaloNet.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import heed
 from common import interleaved, report
+from heed.models import models
 
 BATCH, SIDE = 8, 224
 SIDES = {"halonet": 256, "halonet-h0": 256}  # whose maps must divide into blocks of 8
@@ -66,7 +68,9 @@ def passes(model: nn.Module, images: Tensor, half: bool) -> dict[str, object]:
 def rows(system: str, repeats: int) -> list[list[object]]:
     name, other, relation = PAIRS[system]
     torch.manual_seed(0)
-    ours, theirs = heed.create_model(name), timm.create_model(other)
+    fields = {field.name for field in dataclasses.fields(models.get(name).config)}
+    ours = heed.create_model(name, **({"drop_path": 0.0} if "drop_path" in fields else {}))  # timm's default
+    theirs = timm.create_model(other)
     images = torch.randn(BATCH, 3, *2 * [SIDES.get(system, SIDE)])
     found: list[list[object]] = []
     for half in (False, True):

@@ -20,7 +20,15 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from timm.layers import BatchNormAct2d, ConvNormAct, DropPath, create_attn, get_act_layer, make_divisible
+from timm.layers import (
+    BatchNormAct2d,
+    ConvNormAct,
+    DropPath,
+    create_act_layer,
+    create_attn,
+    get_act_layer,
+    make_divisible,
+)
 from torch import Tensor, nn
 
 from heed.catalogue import provides
@@ -149,7 +157,7 @@ class Bottleneck(nn.Module):
         self.conv1_1x1 = _conv(config, width_in, config.inner(stage, width_in))
         self.conv3_1x1 = _conv(config, inner_out, width, act=False)
         self.drop_path = DropPath(drop)
-        self.act = nn.Identity() if config.linear_out else cast(type[nn.Module], get_act_layer(config.act))()
+        self.act = nn.Identity() if config.linear_out else create_act_layer(config.act, inplace=True)
 
     def mix(self, x: Tensor) -> Tensor:
         raise NotImplementedError
