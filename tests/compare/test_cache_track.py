@@ -38,7 +38,8 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
-def test_all_methods(text: str, tmp_path: Path) -> None:
+def test_all_methods(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heed.compare.tracks.cache.methods._GATE_STEPS", 3)
     out = tmp_path / "out"
     results = run(CacheSettings(tuple(METHODS), data=text, out=str(out), tiny_steps=2, **FAST))
     assert Results.read(out / "results.json") == results

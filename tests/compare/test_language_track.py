@@ -16,7 +16,7 @@ from heed.compare import LanguageSettings, run
 from heed.compare.report import write_report
 from heed.compare.results import Results
 from heed.compare.tracks.language.learner import TextLearner
-from heed.compare.tracks.language.methods import APPLIED, MODELS, build_model
+from heed.compare.tracks.language.methods import APPLIED, MODELS, TOLD, build_model
 from heed.data.text import TextData
 
 FAST: dict[str, Any] = {
@@ -100,7 +100,9 @@ def test_it_predicts_what_comes_and_does_not_see_it(method: str) -> None:
     with torch.no_grad():
         one, two = model(ids)[0], model(other)[0]
     assert one.shape == (2, 64)
-    torch.testing.assert_close(one[:, :39], two[:, :39], equal_nan=True, rtol=1e-4, atol=1e-4)
+    if method not in TOLD:
+        torch.testing.assert_close(one[:, :39], two[:, :39], equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one[:, 39:], two[:, 39:])
     assert one[:, 32:].isfinite().all(), "the second half of the context is what counts"
 
 

@@ -104,5 +104,5 @@ def quantity(value: float | None, unit: str = "") -> str:
 
 
 def join(names: list[str]) -> str:
-    """ "a", "a and b", "a, b and c" """
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    """Empty, "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

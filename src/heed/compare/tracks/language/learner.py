@@ -7,6 +7,7 @@ second half of each counts. What happens at step t depends on the seed and on t 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -43,6 +44,7 @@ class TextLearner(Learner):
             device=device or settings.device,
             precision=settings.precision,
         )
+        self.steps = steps
         self.data, self.context, self.batch = data, settings.context, settings.batch_size
         windows = data.test.unfold(0, self.context + 1, self.context // 2)
         self.test = windows[:: math.ceil(len(windows) / TESTED)]
@@ -58,6 +60,7 @@ class TextLearner(Learner):
         ids = self.batch_at(seed, step)
         torch.manual_seed(draw("step", seed, step, self.accelerator.process_index))
         self.model.train()
+        cast(TextModel, self.bare_model()).at(step / self.steps)
         losses, extra = self.model(ids)
         return self.descend(losses.nanmean() + extra)
 

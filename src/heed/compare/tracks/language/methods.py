@@ -9,31 +9,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from heed.compare.tracks.language.models import Hosted, TextModel
+from heed.compare.tracks.language.models import Blocks, Hosted, Routed, TextModel
 from heed.compare.tracks.language.settings import LanguageSettings
 from heed.engine.sequences import Dilated, Strided, Window
 from heed.errors import unknown
+from heed.language.grouped import group_kv_heads
+from heed.language.moh import QueryNormMoH
 from heed.language.patterned import Patterned
+from heed.language.selective import SelectiveTemperatures
+from heed.language.sinklora import S2Attention, SFAttention
+from heed.language.subsampled import StochasticSubsampling
 from heed.methods import Method
 
 
-def _moh(settings: LanguageSettings) -> Method:
-    from heed.language.moh import QueryNormMoH
+class _Grouped(Hosted):
+    """Half as many key and value heads as query heads, given out to them by the norms of their keys."""
 
-    del settings
-    return QueryNormMoH()
+    def __init__(self, settings: LanguageSettings) -> None:
+        super().__init__(settings, None)
+        group_kv_heads(self.model, max(1, settings.heads // 2))
 
 
-# Applied to the decoder in training and afterwards.
+# Applied to the decoder, from its first step on.
 APPLIED: dict[str, Callable[[LanguageSettings], Method | None]] = {
     "softmax": lambda settings: None,
     "window": lambda settings: Patterned(Window(settings.context // 8 - 1)),
     "dilated": lambda settings: Patterned(Dilated(settings.context // 8, 2)),
     "strided": lambda settings: Patterned(Window(settings.context // 16 - 1) | Strided(16)),
-    "moh": _moh,
+    "moh": lambda settings: QueryNormMoH(),
+    "s2": lambda settings: S2Attention(),
+    "selective": lambda settings: SelectiveTemperatures(),
+    "sf": lambda settings: SFAttention(),
+    "subsampled": lambda settings: StochasticSubsampling(ratio=4),
 }
-# Models of their own.
-MODELS: dict[str, Callable[[LanguageSettings], TextModel]] = {}
+# Built otherwise.
+MODELS: dict[str, Callable[[LanguageSettings], TextModel]] = {
+    "block-transformer": Blocks,
+    "kdgqa": _Grouped,
+    "routing": Routed,
+}
+# Those that are told a little of what follows: a routing head takes the tokens nearest to a centroid from the whole text.
+TOLD = ("routing",)
 
 
 def check_methods(methods: Sequence[str]) -> None:

@@ -16,9 +16,10 @@ from heed.checkpoint import write_atomically
 from heed.compare.machine import describe_machine, device_kind, draw, is_leader, repeatable
 from heed.compare.measure import FOREVER, peak_memory, rate, steps_in
 from heed.compare.results import Cost, DataSummary, Metric, Results
+from heed.compare.table import join
 from heed.compare.track import Measured, Track, Trial
 from heed.compare.tracks.language.learner import TextLearner
-from heed.compare.tracks.language.methods import build_model, check_methods
+from heed.compare.tracks.language.methods import TOLD, build_model, check_methods
 from heed.compare.tracks.language.settings import LanguageSettings
 from heed.compare.training import Training
 from heed.data.text import TextData, load_text
@@ -111,7 +112,8 @@ class Language(Track):
             settings = LanguageSettings(**results.settings)
             path = (folder / results.best.path).as_posix()
             recipe = build_model(results.best.method, settings).recipe(path)
-        return {"positions": context_use(results, folder), "recipe": recipe}
+        told = join([row.method for row in results.methods if row.method in TOLD])
+        return {"positions": context_use(results, folder), "recipe": recipe, "told": told}
 
 
 def _budget(
