@@ -71,3 +71,10 @@ def test_where_lower_is_better_the_lowest_comes_first():
 def test_scores_that_are_no_shares_tie_with_one_seed_only_when_equal():
     rows = [row("a", 1.0, metric=BITS), row("b", 1.0, metric=BITS), row("c", 1.001, metric=BITS)]
     assert [r.rank for r in rank(rows, BITS, 10)] == [1, 1, 3]
+
+
+def test_scores_that_are_no_shares_tie_within_a_margin():
+    loss = Metric("loss", "loss", "lower", "number", margin=0.01)
+    rows = [row(name, value, metric=loss) for name, value in (("a", 2.0), ("b", 2.015), ("c", 2.1))]
+    ranked = {found.method: (found.rank, found.tied_with) for found in rank(rows, loss, 10)}
+    assert ranked == {"a": (1, ("b",)), "b": (1, ("a",)), "c": (3, ())}

@@ -23,8 +23,8 @@ def rank(rows: Sequence[MethodResult], metric: Metric, tested: int) -> tuple[Met
 
     Two methods are tied when their means differ by no more than the larger of their spreads. A method's rank is 1 + the
     number of methods that are better and not tied with it. With one seed there is no spread, and the standard error
-    of a share of `tested` examples, sqrt(p (1 - p) / n), stands in for it; scores that are no shares then tie only when
-    they are equal.
+    of a share of `tested` examples, sqrt(p (1 - p) / n), stands in for it; scores that are no shares then tie within
+    the metric's margin.
 
     Args:
         rows: one per method.
@@ -62,6 +62,6 @@ def _spread(row: MethodResult, metric: Metric, tested: int) -> float:
     if spread is not None:
         return spread
     if metric.form != "percent":
-        return 0.0
+        return metric.margin * abs(_mean(row, metric))
     share = min(max(_mean(row, metric), 0.0), 1.0)
     return math.sqrt(share * (1 - share) / max(tested, 1))

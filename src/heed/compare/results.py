@@ -75,12 +75,14 @@ class Metric:
         title: as a table says it.
         better: whether "higher" or "lower" is better.
         form: "percent" for a share of the test examples, 0 to 1; "number" for anything else.
+        margin: of scores that are no shares: with one seed, methods tie when they differ by no more than this share.
     """
 
     name: str
     title: str
     better: Literal["higher", "lower"] = "higher"
     form: Literal["percent", "number"] = "percent"
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)

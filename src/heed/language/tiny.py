@@ -24,7 +24,7 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP = 3e-3, 0.1, 1.0
 # Lessons: tokens, how many at once, share of the steps. Short ones first, in which induction is learnt sooner.
 _COURSES = ((128, 32, 0.5), (LONGEST, 8, 0.5))
 _KEY_WEIGHT = 4.0  # of the losses of a key, which are few
-_DIGITS, _CHARACTERS = (48, 58), (48, 123)  # bytes that repeated stretches are made of
+_DIGITS, _ANY = (48, 58), (0, 256)  # bytes that repeated stretches are made of
 
 
 def tiny_tokenizer() -> Any:
@@ -116,7 +116,7 @@ def train_tiny(
 
 
 class _Lessons:
-    """Rows of text, of pass keys hidden in text, of repeated digits and of repeated characters, a quarter each."""
+    """Rows of text, of pass keys hidden in text, of repeated digits and of repeated bytes, a quarter each."""
 
     def __init__(self, text: Int[Tensor, " n"], generator: torch.Generator) -> None:
         self.text, self.generator = text, generator
@@ -127,7 +127,7 @@ class _Lessons:
 
     def batch(self, length: int, batch: int) -> tuple[Int[Tensor, "B M"], Tensor]:
         """Ids (B, length + 1), and the weights (B, length) of the losses of all but the first."""
-        kinds = (self.read, self.find, self.repeat_digits, self.repeat_characters)
+        kinds = (self.read, self.find, self.repeat_digits, self.repeat_bytes)
         rows = torch.stack([kinds[i % len(kinds)](length + 1) for i in range(batch)])
         weight = torch.ones(batch, length)
         weight[1 :: len(kinds), -5:] = _KEY_WEIGHT
@@ -148,8 +148,8 @@ class _Lessons:
     def repeat_digits(self, length: int) -> Tensor:
         return self._repeat(*_DIGITS, length)
 
-    def repeat_characters(self, length: int) -> Tensor:
-        return self._repeat(*_CHARACTERS, length)
+    def repeat_bytes(self, length: int) -> Tensor:
+        return self._repeat(*_ANY, length)
 
     def _repeat(self, low: int, high: int, length: int) -> Tensor:
         period = self._integer(6, length // 3)
