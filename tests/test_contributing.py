@@ -21,6 +21,7 @@ PAGES = {
     "docs/guide/timm.md": False,
     "docs/guide/compare.md": False,
     "docs/guide/methods.md": True,
+    "docs/guide/language.md": True,
 }
 _RUN = """
 import sys

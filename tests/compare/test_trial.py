@@ -8,6 +8,7 @@ from torch import nn
 
 import heed
 from heed.compare import ClassifySettings
+from heed.compare.learner import Learner
 from heed.compare.machine import check_device
 from heed.compare.tracks.classify.host import build_model, check_methods
 from heed.compare.tracks.classify.learner import ImageLearner
@@ -184,3 +185,13 @@ def test_settings_are_checked():
             ClassifySettings(("softmax",), **wrong)
     with pytest.raises(ValueError, match="softmax more than once"):
         ClassifySettings(("softmax", "softmax"))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 10])
+def test_any_number_of_steps_has_a_schedule(steps):
+    learner = Learner(torch.nn.Linear(2, 1), steps, learning_rate=0.1, weight_decay=0.0, device="cpu", precision="fp32")
+    rates = []
+    for _ in range(steps):
+        learner.descend(learner.model(torch.randn(4, 2)).square().mean())
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+    assert all(0 < rate <= 0.1 + 1e-9 for rate in rates)

@@ -35,6 +35,12 @@ def causal_lm(config: Any) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     return model, lambda m: m(IDS, attention_mask=PADDING).logits[PADDING.bool()]
 
 
+def bloom_lm(config: Any) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """With ALiBi, and attention that transformers computes in the layer itself."""
+    model = transformers.BloomForCausalLM(config)
+    return model, lambda m: m(IDS, attention_mask=PADDING).logits[PADDING.bool()]
+
+
 def hosts() -> dict[str, Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]]:
     t = transformers
     vit = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -44,6 +50,7 @@ def hosts() -> dict[str, Callable[[], tuple[nn.Module, Callable[[nn.Module], Ten
         "qwen3": lambda: causal_lm(t.Qwen3Config(**TEXT)),
         "gemma3": lambda: causal_lm(t.Gemma3TextConfig(**TEXT, sliding_window=4, layer_types=None)),
         "gpt2": lambda: causal_lm(t.GPT2Config(vocab_size=37, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+        "bloom": lambda: bloom_lm(t.BloomConfig(vocab_size=37, hidden_size=32, n_layer=2, n_head=4)),
         "hf_vit": lambda: (
             t.ViTModel(t.ViTConfig(**vit, image_size=16, patch_size=4)),
             lambda m: m(image()).last_hidden_state,
@@ -117,6 +124,22 @@ def test_a_rule_that_changes_nothing_gives_the_same_numbers(host, rule: type[Att
     plain = run(model)
     with heed.apply(model, Probe(rule())):
         torch.testing.assert_close(run(model), plain, atol=2e-5, rtol=1e-4)
+
+
+class Sometimes(Own):
+    """Computes attention itself in training only."""
+
+    def core(self, call: AttentionCall) -> Tensor | None:  # type: ignore[override]
+        return super().core(call) * 2 if call.module.training else None
+
+
+@torch.no_grad()
+def test_a_rule_can_leave_a_call_to_the_host() -> None:
+    model, run = hosts()["llama"]()
+    plain = run(model.eval())
+    with heed.apply(model, Probe(Sometimes())):
+        assert torch.equal(run(model), plain)
+        assert not torch.allclose(run(model.train()), plain, atol=1e-4)
 
 
 @torch.no_grad()
@@ -222,11 +245,11 @@ def test_a_host_without_attention_is_refused() -> None:
     before = resnet.config._attn_implementation
     with pytest.raises(TypeError, match="ResNetModel has no attention layers"):
         heed.apply(resnet, Probe(Nothing()))
-    bloom = transformers.BloomModel(transformers.BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2))
+    mpt = transformers.MptModel(transformers.MptConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=2))
     with pytest.raises(TypeError, match="does not compute attention through transformers"):
-        heed.apply(bloom, Probe(Nothing()))
+        heed.apply(mpt, Probe(Nothing()))
     assert resnet.config._attn_implementation == before
-    assert not any("heed" in name for part in (resnet, bloom) for m in part.modules() for name in vars(m))
+    assert not any("heed" in name for part in (resnet, mpt) for m in part.modules() for name in vars(m))
 
 
 def test_what_is_not_a_method_or_not_a_model_is_refused() -> None:

@@ -11,22 +11,33 @@ import pytest
 import torch
 import transformers as t
 from decoders import DECODERS, GREEDY, SIZES, decoder, padded, prompt
+from some_heads import some_heads
 from torch import Tensor, nn
 
 import heed
 from heed.language.caches.layer import CompressedCache, CompressedLayer, cache_nbytes
 from heed.language.caches.method import CacheMethod
 from heed.language.caches.storage import storage_nbytes
+from heed.language.h2o import H2O
+from heed.language.razor import Razor
 from heed.language.zipcache import ZipCache
 
 # Each as it is used, with short gaps so that a few steps reach everything it does.
 CACHES: dict[str, CacheMethod] = {
     "zipcache": ZipCache(gap=4),
     "zipcache_groups": ZipCache(gap=4, keys="group", values="token", group=8, saliency="accumulated"),
+    "h2o": H2O(heavy=0.25, recent=0.25),
+    "h2o_counts": H2O(heavy=5, recent=4),
+    "razor": Razor(some_heads, window=1, divisor=20, sinks=1),
+    "razor_rolling": Razor(some_heads, window=1, divisor=None, policy="rolling", interval=3),
+    "razor_zip": Razor(some_heads, window=2, divisor=20, sinks=1, store=ZipCache(gap=4)),
 }
 # And so that it loses next to nothing: generation is then that of the model itself.
 FAITHFUL: dict[str, CacheMethod] = {
     "zipcache": ZipCache(gap=4, salient_bits=8, regular_bits=8),
+    "h2o": H2O(heavy=60, recent=4),
+    "razor": Razor(some_heads),
+    "razor_zip": Razor(some_heads, store=ZipCache(gap=4, salient_bits=8, regular_bits=8)),
 }
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -17,6 +17,7 @@ from heed.hosts.attach import attach_rule
 from heed.hosts.rules import AttentionCall, AttentionRule
 from heed.language.hip import HiP
 from heed.language.patterned import Patterned
+from heed.language.seer import BlockChoice, GateSettings, SeerAttention, SeerAttentionR
 from heed.methods import Handle, Method
 
 _HIP: dict[str, Any] = {"block_q": 4, "window": 4, "sinks": 2, "dense_layers": (), "dense_queries": 0}
@@ -25,9 +26,15 @@ SPARSE: dict[str, Method] = {
     "hip": HiP(mask_k=8, refresh=3, **_HIP),
     "hip_groups": HiP(mask_k=8, block_k=1, group=2, scale_window=True, refresh=1, **_HIP),
     "patterned": Patterned(Window(5) | Strided(8)),
+    "seer": SeerAttention(GateSettings(block=4), BlockChoice("threshold", 0.22, last_dense=False), std=1.0),
 }
 # And so large that nothing is left out.
-FAITHFUL: dict[str, Method] = {"hip": HiP(mask_k=64, **_HIP), "patterned": Patterned(Window(64))}
+FAITHFUL: dict[str, Method] = {
+    "hip": HiP(mask_k=64, **_HIP),
+    "patterned": Patterned(Window(64)),
+    "seer": SeerAttention(GateSettings(block=4), BlockChoice("threshold", -1.0)),
+    "seer_r": SeerAttentionR(GateSettings("Qproj_Kmaxminavg", 4, decode=True), BlockChoice("token_budget", 64)),
+}
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-5}
 
 sparse = pytest.mark.parametrize("method", SPARSE.values(), ids=list(SPARSE))

@@ -45,8 +45,8 @@ class Learner:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer.optimizer,
             learning_rate,
-            total_steps=max(steps, 2),
-            pct_start=_WARM_UP,
+            total_steps=max(steps, 3),
+            pct_start=max(_WARM_UP, 2 / max(steps, 3)),  # a rise or fall of no length divides by zero
             cycle_momentum=False,
         )
         self.accelerator.register_for_checkpointing(self.schedule)

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from timm.layers.attention import Attention as TimmAttention
 from torch import nn
 
+from heed.hosts.bloom import bloom_forward, is_bloom
 from heed.hosts.packed import heed_mix, timm_forward
 from heed.hosts.rules import RULES, AttentionRule, Rules, check_together
 from heed.layers.attention import PatternAttention
@@ -28,11 +29,12 @@ def attach_rule(host: nn.Module, rule: AttentionRule, handle: Handle, layers: Co
         TypeError: the host has no attention that a rule can reach.
         ValueError: the rule does not go together with those the host already has.
     """
-    if is_transformers(host):
+    found = attention_layers(host)
+    if is_transformers(host) and not all(map(is_bloom, found)):
         from heed.hosts.transformers import use_rules
 
         use_rules(host, handle)
-    for number, layer in enumerate(attention_layers(host)):
+    for number, layer in enumerate(found):
         if layers is None or number in layers:
             _add(layer, number, rule, handle)
 
@@ -72,6 +74,8 @@ def _add(layer: nn.Module, number: int, rule: AttentionRule, handle: Handle) -> 
             layer.forward = timm_forward(layer, rules)
         elif isinstance(layer, PatternAttention):
             layer.mix = heed_mix(layer, rules)
+        elif is_bloom(layer):
+            layer.forward = bloom_forward(layer, rules)
     rules.append(rule)
 
     def undo() -> None:

@@ -12,6 +12,7 @@ from timm.layers.attention import Attention as TimmAttention
 from torch import Tensor
 
 from heed.engine.bias import dense_bias
+from heed.engine.patterns import Full
 from heed.hosts.rules import AttentionCall, Rules, run_rules
 from heed.layers.attention import PatternAttention
 
@@ -50,7 +51,7 @@ def heed_mix(layer: PatternAttention, rules: Rules) -> Callable[..., Tensor]:
         dropout = layer.attn_drop if layer.training else 0.0
         mask = None
         if any(rule.core or rule.weights for rule in rules):  # they see the pattern as a mask; others do not need it
-            mask = _dense(layer, layout, q.shape[2]).to(q.device)
+            mask = _dense(layer, layout, q.shape[2], q.device)
         call = AttentionCall(layer, rules.layer, q, k, v, mask, causal=False, scale=layer.scale, dropout=dropout)
         out, _ = run_rules(call, rules, lambda call: plain(call.query, call.key, call.value, layout).transpose(1, 2))
         return out.transpose(1, 2)
@@ -58,9 +59,11 @@ def heed_mix(layer: PatternAttention, rules: Rules) -> Callable[..., Tensor]:
     return mix
 
 
-def _dense(layer: PatternAttention, layout: tuple[int, ...], tokens: int) -> Tensor:
-    """Pattern and bias of a layer as one additive mask (1, H or 1, N, N)."""
+def _dense(layer: PatternAttention, layout: tuple[int, ...], tokens: int, device: torch.device) -> Tensor | None:
+    """Pattern and bias of a layer as one additive mask (1, H or 1, N, N); None where all pairs are kept as they are."""
     pattern, bias = layer.pattern(layout), layer.bias()
+    if bias is None and isinstance(pattern, Full):
+        return None
     allowed = pattern.mask(tokens, tokens)
     scores = torch.zeros(1, 1, tokens, tokens) if bias is None else dense_bias(bias, pattern, tokens, tokens)
-    return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+    return scores.masked_fill(~allowed.to(scores.device), -torch.inf).to(device)

@@ -75,11 +75,12 @@ class AttentionRule:
 
     `core` and `weights` are None unless a subclass defines them:
 
-        core(call) -> (B, Q, H, E)             computes attention itself; at most one rule of a host may
+        core(call) -> (B, Q, H, E)             computes attention itself; at most one rule of a host may. None leaves
+                                               this call to the host
         weights(call, weights) -> weights      sees and changes the weights (B, H, Q, K); they are formed for it
     """
 
-    core: Callable[[AttentionCall], Tensor] | None = None
+    core: Callable[[AttentionCall], Tensor | None] | None = None
     weights: Callable[[AttentionCall, Tensor], Tensor] | None = None
 
     def before(self, call: AttentionCall) -> AttentionCall:
@@ -126,16 +127,15 @@ def run_rules(
         call = rule.before(call)
     weights = None
     core = next((rule.core for rule in rules if rule.core), None)
-    if core is not None:
-        out = core(call)
-    elif call.softcap is not None or any(rule.weights for rule in rules):
+    out = None if core is None else core(call)
+    if out is None and (call.softcap is not None or any(rule.weights for rule in rules)):
         weights = attention_weights(call)
         for rule in rules:
             if rule.weights:
                 weights = rule.weights(call, weights)
         dropped = nn.functional.dropout(weights, call.dropout) if call.dropout else weights
         out = (dropped @ repeat_heads(call.value, call.query.shape[1])).transpose(1, 2)
-    else:
+    elif out is None:
         out = (plain or plain_attention)(call)
     for rule in rules:
         out = rule.after(call, out)

@@ -94,8 +94,10 @@ def train_tiny(
     generator = torch.Generator().manual_seed(seed)
     lessons = _Lessons(as_tokens(text), generator)
     optimiser = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    total = max(steps, 3)
+    rise = max(0.1, 2 / total)  # a rise or fall of no length divides by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, LEARNING_RATE, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
+        optimiser, LEARNING_RATE, total_steps=total, pct_start=rise, cycle_momentum=False
     )
     ends = torch.tensor([share for _, _, share in _COURSES]).cumsum(0) * steps
     model.train()

@@ -157,7 +157,7 @@ class Bottleneck(nn.Module):
         self.conv1_1x1 = _conv(config, width_in, config.inner(stage, width_in))
         self.conv3_1x1 = _conv(config, inner_out, width, act=False)
         self.drop_path = DropPath(drop)
-        self.act = nn.Identity() if config.linear_out else create_act_layer(config.act, inplace=True)
+        self.act = nn.Identity() if config.linear_out else cast(nn.Module, create_act_layer(config.act, inplace=True))
 
     def mix(self, x: Tensor) -> Tensor:
         raise NotImplementedError

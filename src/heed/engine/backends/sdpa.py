@@ -32,13 +32,17 @@ def run(call: Call) -> Result:
         return Result(F.scaled_dot_product_attention(q, k, v, **options))
     if plain and call.pattern == Causal() and call.n == call.m:
         return Result(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
-    allowed = _static_mask(call.pattern, call.n, call.m, call.q.device) if call.pattern.static else call.allowed()
-    if call.pattern.static and call.key_mask is not None:
-        allowed = allowed & call.key_mask[:, None, None, :]
-    mask: Tensor = allowed
+    allowed = None
+    if not isinstance(call.pattern, Full):  # whose mask would be one more for every length of a growing text
+        allowed = _static_mask(call.pattern, call.n, call.m, call.q.device) if call.pattern.static else call.allowed()
+    if call.key_mask is not None and (allowed is None or call.pattern.static):
+        keys = call.key_mask[:, None, None, :]
+        allowed = keys if allowed is None else allowed & keys
+    mask = allowed
     if call.bias is not None:
-        bias = dense_bias(call.bias, call.pattern, call.n, call.m).to(call.q.dtype)
-        mask = bias.masked_fill(~allowed, -torch.inf)
+        mask = dense_bias(call.bias, call.pattern, call.n, call.m).to(call.q.dtype)
+        if allowed is not None:
+            mask = mask.masked_fill(~allowed, -torch.inf)
     return Result(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
 
 

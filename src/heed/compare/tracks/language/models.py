@@ -136,6 +136,8 @@ class Routed(TextModel):
                 max_relative=some + 1,
                 skip_first=1,
                 initial_count=1.0,
+                fix_count=True,
+                decay=0.9,
                 dropout=0.0,
             )
         )
