@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from heed.compare import table
 from heed.compare.results import Cost, Curve, MethodResult, Metric, Results
 from heed.compare.track import track
-from heed.explain.page import LINE, SERIES, SOFT, chart, svg, write_page
+from heed.explain.page import LINE, SERIES, SOFT, chart, name_points, svg, write_page
 
 _MARKERS = "os^Dv"
 
@@ -191,24 +190,5 @@ def _tradeoff(rows: Sequence[MethodResult], metric: Metric, cost: Cost, marks: d
     ax.xaxis.set_major_formatter(EngFormatter())
     ax.yaxis.set_major_formatter((lambda y, _: f"{y * 100:.4g} %") if metric.form == "percent" else "{x:g}")
     ax.locator_params(axis="y", nbins=5)
-    _name_points(ax, [(row.method, marks[row.method].colour, x, y) for row, x, y, _ in points])
+    name_points(ax, [(row.method, marks[row.method].colour, x, y) for row, x, y, _ in points])
     return svg(figure, f"{metric.name}-{cost.name}", f"{metric.title} against {cost.title or cost.short}")
-
-
-def _name_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> None:
-    """Names in the right margin at the height of their points, pushed apart where they would overlap."""
-    low, high = ax.get_ylim()
-    gap = max(0.075, 1 / (len(points) + 1)) if len(points) > 12 else 0.075
-    height = -1.0
-    for name, colour, x, y in sorted(points, key=lambda point: point[3]):
-        height = max((y - low) / (high - low), height + gap)
-        ax.annotate(
-            name,
-            (x, y),
-            (1.03, height),
-            textcoords="axes fraction",
-            color=colour,
-            fontsize=9.5,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5},
-        )

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+PRECISIONS = ("fp32", "bf16", "fp16")
 # How a run is carried out; two runs that differ in these alone find the same scores and may share a folder.
 EXECUTION = frozenset({"out", "jobs", "ray", "fresh"})
 
@@ -70,6 +71,19 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value!r}: give a number above 0")
+
+    def check_not_negative(self, *names: str) -> None:
+        """ValueError for a setting that is not a number of at least 0."""
+        for name in names:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value!r}: give a number of at least 0")
+
+    def check_one_budget(self, *names: str) -> None:
+        """ValueError when more than one of these is given."""
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given together; choose one budget")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for results.json."""

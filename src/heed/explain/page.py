@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ def chart(width: float, height: float) -> tuple[Figure, Axes]:
     ax.grid(axis="y", color=LINE, linewidth=0.7)
     ax.set_axisbelow(True)
     return figure, ax
+
+
+def name_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> None:
+    """Names in the right margin at the height of their points, pushed apart where they would overlap."""
+    low, high = ax.get_ylim()
+    gap = max(0.075, 1 / (len(points) + 1)) if len(points) > 12 else 0.075
+    height = -1.0
+    for name, colour, x, y in sorted(points, key=lambda point: point[3]):
+        height = max((y - low) / (high - low), height + gap)
+        ax.annotate(
+            name,
+            (x, y),
+            (1.03, height),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=9.5,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5},
+        )
 
 
 def svg(figure: Figure, name: str, label: str) -> str:

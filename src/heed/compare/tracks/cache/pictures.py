@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heed.compare.results import Results
-from heed.compare.tracks.cache.track import FOUND
+from heed.compare.tracks.cache.settings import FOUND
 
 _PARTS = 10  # of the depth
 

@@ -9,6 +9,7 @@ from heed.compare.settings import Settings
 from heed.data.text import TOPICS
 
 TINY = "tiny"
+FOUND = "found.json"  # in a trial's folder: depth of each pass key, and whether it was found
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,12 @@ from heed.compare.track import Track, Trial
 from heed.compare.tracks.cache.host import prepare
 from heed.compare.tracks.cache.methods import METHODS, check_methods
 from heed.compare.tracks.cache.scores import continued
-from heed.compare.tracks.cache.settings import CacheSettings
+from heed.compare.tracks.cache.settings import FOUND, CacheSettings
 from heed.data.text import TextData, load_text
 from heed.language.caches.method import CacheSource
 from heed.language.passkey import found_keys
 from heed.methods import apply
 
-FOUND = "found.json"
 _DATA = "text.safetensors"
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from heed.compare.settings import Settings
+from heed.compare.settings import PRECISIONS, Settings
 from heed.errors import unknown
 
-PRECISIONS = ("fp32", "bf16", "fp16")
 AUGMENTATIONS = ("none", "shift", "flip")
 
 
@@ -55,11 +53,8 @@ class ClassifySettings(Settings):
         super().__post_init__()
         self.check_counts("epochs", "steps", "image_size", "batch_size")
         self.check_positive("minutes", "learning_rate")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay={self.weight_decay!r}: give a number of at least 0")
-        budgets = [name for name in ("epochs", "steps", "minutes") if getattr(self, name) is not None]
-        if len(budgets) > 1:
-            raise ValueError(f"{' and '.join(budgets)} are given together; choose one budget")
+        self.check_not_negative("weight_decay")
+        self.check_one_budget("epochs", "steps", "minutes")
         if self.precision not in PRECISIONS:
             raise ValueError(unknown("precision", self.precision, PRECISIONS))
         if self.augment not in AUGMENTATIONS:

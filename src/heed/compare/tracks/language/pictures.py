@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from heed.compare.results import Results
-from heed.compare.tracks.language.track import POSITIONS
-from heed.explain.page import LINE, SERIES, SOFT, chart, svg
+from heed.compare.tracks.language.settings import POSITIONS
+from heed.explain.page import SERIES, SOFT, chart, name_points, svg
 
 _POINTS = 24  # of a line, each the mean over the places since the one before
 
@@ -32,20 +32,7 @@ def context_use(results: Results, folder: Path) -> str | None:
         return None
     ax.set_xscale("log", base=2)
     ax.set_xlabel("bytes before", color=SOFT, fontsize=9)
-    low, high = ax.get_ylim()
-    height, gap = -1.0, min(0.075, 1 / (len(lines) + 1))
-    for name, (colour, x, y) in sorted(lines.items(), key=lambda line: line[1][2]):
-        height = max((y - low) / (high - low), height + gap)
-        ax.annotate(
-            name,
-            (x, y),
-            (1.02, height),
-            textcoords="axes fraction",
-            color=colour,
-            fontsize=9,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2},
-        )
+    name_points(ax, [(name, colour, x, y) for name, (colour, x, y) in lines.items()])
     return svg(figure, "positions", "bits per byte of every method against the bytes that came before")
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from heed.compare.settings import Settings
-from heed.compare.tracks.classify.settings import PRECISIONS
+from heed.compare.settings import PRECISIONS, Settings
 from heed.data.text import TOPICS
 from heed.errors import unknown
+
+POSITIONS = "positions.json"  # in a trial's folder: bits per byte at every place in the context
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,8 @@ class LanguageSettings(Settings):
         super().__post_init__()
         self.check_counts("epochs", "steps", "width", "layers", "heads", "context", "batch_size")
         self.check_positive("minutes", "learning_rate")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay={self.weight_decay!r}: give a number of at least 0")
-        budgets = [name for name in ("epochs", "steps", "minutes") if getattr(self, name) is not None]
-        if len(budgets) > 1:
-            raise ValueError(f"{' and '.join(budgets)} are given together; choose one budget")
+        self.check_not_negative("weight_decay")
+        self.check_one_budget("epochs", "steps", "minutes")
         if self.precision not in PRECISIONS:
             raise ValueError(unknown("precision", self.precision, PRECISIONS))
         if self.width % self.heads or self.width // self.heads % 2:

@@ -20,13 +20,12 @@ from heed.compare.table import join
 from heed.compare.track import Measured, Track, Trial
 from heed.compare.tracks.language.learner import TextLearner
 from heed.compare.tracks.language.methods import TOLD, build_model, check_methods
-from heed.compare.tracks.language.settings import LanguageSettings
+from heed.compare.tracks.language.settings import POSITIONS, LanguageSettings
 from heed.compare.training import Training
 from heed.data.text import TextData, load_text
 
 BITS = Metric("bits", "bits per byte", "lower", "number")
 STEPS = 600  # of a trial, where no budget is given
-POSITIONS = "positions.json"
 _DATA = "text.safetensors"
 
 

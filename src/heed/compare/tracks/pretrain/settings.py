@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from heed.compare.settings import Settings
-from heed.compare.tracks.classify.settings import AUGMENTATIONS, PRECISIONS, ClassifySettings
+from heed.compare.settings import PRECISIONS, Settings
+from heed.compare.tracks.classify.settings import AUGMENTATIONS, ClassifySettings
 from heed.errors import unknown
 
 SCRATCH = "scratch"  # the method that is not pre-trained
@@ -66,12 +65,10 @@ class PretrainSettings(Settings):
         super().__post_init__()
         self.check_counts("epochs", "steps", "finetune_epochs", "labels", "neighbours", "image_size", "batch_size")
         self.check_positive("learning_rate", "finetune_learning_rate")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay={self.weight_decay!r}: give a number of at least 0")
+        self.check_not_negative("weight_decay")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio={self.mask_ratio!r}: give a share between 0 and 1")
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("epochs and steps are given together; choose one budget")
+        self.check_one_budget("epochs", "steps")
         if self.precision not in PRECISIONS:
             raise ValueError(unknown("precision", self.precision, PRECISIONS))
         if self.augment not in AUGMENTATIONS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,5 +46,4 @@ class SlidesSettings(Settings):
         super().__post_init__()
         self.check_counts("epochs", "batch_size", "dim", "n_token")
         self.check_positive("learning_rate")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay={self.weight_decay!r}: give a number of at least 0")
+        self.check_not_negative("weight_decay")
