@@ -4,7 +4,7 @@
 
 Layers are whole (qkv, predictor, attention, proj), float32, 384 channels, 6 heads; dense attention is PyTorch's
 scaled_dot_product_attention. "shared by 1" is the authors' mechanism: every query has a list of keys of its own, whose
-scores and order alone cost more than dense attention does on a CPU. With a choice shared by 128 neighbouring queries
+scores and order alone cost more than dense attention does on a CPU. With a choice shared by 128 or 256 neighbouring queries
 (heed's own) the same pairs are left out, at a cost that can lie below dense attention's.
 """
 
@@ -30,7 +30,7 @@ COLUMNS = ["claim", "baseline", "baseline value", "heed", "ratio"]
 DIM, HEADS = 384, 6
 SMALL = {"patch_size": 2, "reduce_n": 2, "coef_topk": 4}  # for digits: 16 patches and the class token
 TOKENS, KEEPS = (197, 785, 1025, 3137), (0.5, 0.25, 0.1, 0.05)
-SHARES, SLOW = (1, 64, 128), 2000  # lists of keys per query are left out above so many tokens: they take seconds
+SHARES, SLOW = (1, 128, 256), 2000  # lists of keys per query are left out above so many tokens: they take seconds
 
 
 @torch.inference_mode()

@@ -328,3 +328,14 @@ def test_half_precision(method: CacheMethod, dtype: torch.dtype) -> None:
         logits = steps(model, cache, {"input_ids": ids}, prompt(2, 9))
         assert logits.isfinite().all()
         assert cache.full_nbytes == 2 * 2 * 32 * 2 * 2 * 8 * 2
+
+
+@pytest.mark.parametrize("name", ["zipcache", "h2o", "razor"])
+def test_a_compiled_model(name: str) -> None:
+    """Graphs break where a method looks at values; the numbers are the same."""
+    method = CACHES[name]
+    model, ids = decoder("llama"), prompt()
+    with heed.apply(model, method):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, **CLOSE)

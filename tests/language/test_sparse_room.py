@@ -254,3 +254,14 @@ def test_stacking(method: Method) -> None:
         with pytest.raises(ValueError, match="each compute"):
             heed.apply(model, method)
         assert torch.equal(model(ids).logits, alone)
+
+
+@pytest.mark.parametrize("name", ["hip", "patterned", "seer"])
+def test_a_compiled_model(name: str) -> None:
+    """Graphs break where a method looks at values; the numbers are the same."""
+    method = SPARSE[name]
+    model, ids = decoder("llama"), prompt()
+    with heed.apply(model, method):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, **CLOSE)

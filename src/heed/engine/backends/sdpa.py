@@ -34,13 +34,13 @@ def run(call: Call) -> Result:
         return Result(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
     allowed = None
     if not isinstance(call.pattern, Full):  # whose mask would be one more for every length of a growing text
-        allowed = _static_mask(call.pattern, call.n, call.m, call.q.device) if call.pattern.static else call.allowed()
+        allowed = _static_mask(call.pattern, call.n, call.m, q.device) if call.pattern.static else call.allowed()
     if call.key_mask is not None and (allowed is None or call.pattern.static):
         keys = call.key_mask[:, None, None, :]
         allowed = keys if allowed is None else allowed & keys
     mask = allowed
     if call.bias is not None:
-        mask = dense_bias(call.bias, call.pattern, call.n, call.m).to(call.q.dtype)
+        mask = dense_bias(call.bias, call.pattern, call.n, call.m).to(q.dtype)
         if allowed is not None:
             mask = mask.masked_fill(~allowed, -torch.inf)
     return Result(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))

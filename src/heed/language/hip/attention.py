@@ -71,7 +71,7 @@ def hip_attention(
         rest = q[:, :, dense:]
         selection = choose_blocks(rest, k, budget)
         parts.append(sparse_attention(rest, k, v, selection, scale=scale, dropout=dropout))
-    return torch.cat(parts, 2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def choose_blocks(q: Float[Tensor, "B H Q D"], k: Float[Tensor, "B G K D"], budget: HiPBudget) -> Selection:
@@ -141,7 +141,7 @@ def sparse_attention(
         block += blocks
         index = selection.index[:, :, run].flatten(0, 2)
         tiles = q[:, :, begin:stop].unflatten(2, (-1, rows)).flatten(0, 2)[:, None]
-        outs = []
+        grad, joined, outs = fetch.grad(q), v.new_empty(len(tiles), 1, rows, v.shape[3]), []
         for t in torch.arange(len(tiles), device=device).split(size):
             j = t % blocks
             tokens, seen = _tokens(index[t], selection.count[run][j], ends[run][j], budget, late)
@@ -150,11 +150,14 @@ def sparse_attention(
             attention = _rectangle(
                 fetch, (tokens + first[t // blocks, None]).flatten(), visible, scale, dropout, return_lse
             )
-            tile = tiles[t[0] : t[-1] + 1]
-            outs.append(checkpoint(attention, tile, use_reentrant=False) if fetch.grad(q) else attention(tile))
-        joined = (torch.cat(x) for x in zip(*(out if return_lse else (out,) for out in outs), strict=True))
-        parts.append([x.view(batch, heads, stop - begin, *x.shape[3:]) for x in joined])
-    results = tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))
+            some = slice(int(t[0]), int(t[-1]) + 1)
+            if grad or return_lse:
+                outs.append(checkpoint(attention, tiles[some], use_reentrant=False) if grad else attention(tiles[some]))
+            else:
+                joined[some] = attention(tiles[some])
+        whole = [torch.cat(x) for x in zip(*outs, strict=True)] if return_lse else [torch.cat(outs) if grad else joined]
+        parts.append([x.view(batch, heads, stop - begin, *x.shape[3:]) for x in whole])
+    results = tuple(x[0] if len(x) == 1 else torch.cat(x, 2) for x in zip(*parts, strict=True))
     return results if return_lse else results[0]
 
 

@@ -256,15 +256,28 @@ def _score(
     gathered into the same memory every time, as fresh memory costs more than the copy.
     """
     columns = rows.mT
-    steps = torch.arange(size, device=rows.device)
+    if last is None and len(table) % size == 0 and not bool((first % size).any()):
+        # Whole blocks are rows of a table of blocks: fewer and longer copies.
+        blocks_table, begins = table.view(-1, size * table.shape[1]), first // size
+        room = buffer.view(-1, size * table.shape[1])
+
+        def gather(blocks: Tensor) -> Tensor:
+            index = (blocks + begins[:, None]).flatten()
+            return torch.index_select(blocks_table, 0, index, out=room[: len(index)])
+
+    else:
+        steps = torch.arange(size, device=rows.device)
+
+        def gather(blocks: Tensor) -> Tensor:
+            tokens = blocks[..., None] * size + steps
+            if last is not None:  # a block that reaches beyond what is visible has its last visible key twice
+                tokens = tokens.minimum(last[:, None, None])
+            tokens = (tokens.flatten(1) + first[:, None]).flatten()
+            return torch.index_select(table, 0, tokens, out=buffer[: len(tokens)])
 
     def score(blocks: Tensor) -> Tensor:
-        tokens = blocks[..., None] * size + steps
-        if last is not None:  # a block that reaches beyond what is visible has its last visible key twice
-            tokens = tokens.minimum(last[:, None, None])
-        tokens = (tokens.flatten(1) + first[:, None]).flatten()
-        keys = torch.index_select(table, 0, tokens, out=buffer[: len(tokens)])
-        products = torch.bmm(keys.view(len(blocks), -1, rows.shape[2]), columns)  # (c, M * block_k [* 2], R)
+        keys = gather(blocks).view(len(blocks), -1, rows.shape[2])
+        products = torch.bmm(keys, columns)  # (c, M * block_k [* 2], R)
         return products.view(*blocks.shape, -1).amax(-1)
 
     return score
