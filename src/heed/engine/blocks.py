@@ -73,7 +73,7 @@ def _group(
     masks, mask_of = _masks(pattern, n, m, keys, visited, full, queries, key_block, heads)
     begin = int(queries[0, 0])
     rows = begin if int(queries[-1, -1]) == begin + queries.numel() - 1 < n else None
-    return Tiles(queries, keys.masked_fill(~visited, 0), key_block, masks, mask_of, None, rows, None)
+    return Tiles(queries, keys.masked_fill(~visited, 0), key_block, masks, mask_of, rows=rows)
 
 
 def _masks(

@@ -189,11 +189,12 @@ def _grid_group(runs: tuple[_Runs, ...], n: int) -> Tiles:
         places = run.start[:, None] + torch.arange(run.width)
         key = key * run.axis.keys + _spread(_tokens(run.axis.key_order, places), a, rank)
     tiles = math.prod(run.count for run in runs)
-    offsets = []
+    offsets, key_grid = [], []
     for a in range(rank):
-        blank = [torch.zeros_like(c[1]) for c in classes]
-        blank[a] = classes[a][1]
-        offsets.append(_product(blank, torch.add))
+        for found, width in ((offsets, None), (key_grid, 1)):
+            blank = [torch.zeros_like(c[1][..., :width]) for c in classes]
+            blank[a] = classes[a][1]
+            found.append(_product(blank, torch.add))
     queries = query.masked_fill(~valid, n).reshape(tiles, -1)
     return Tiles(
         queries=queries,
@@ -202,6 +203,7 @@ def _grid_group(runs: tuple[_Runs, ...], n: int) -> Tiles:
         mask=_additive(kept),
         mask_of=of_tile.reshape(1, tiles, 1),
         offsets=tuple(offsets),
+        key_grid=tuple(key_grid),
         rows=_consecutive(queries, n),
     )
 

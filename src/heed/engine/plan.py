@@ -26,6 +26,8 @@ class Tiles:
         mask: (U, tq, width) additive masks, 0 or -inf, that tiles share; None when every pair is kept.
         mask_of: (G, T, slots) which mask each run of `width` keys of a tile uses; slots * width = nb * key_block.
         offsets: per axis (U, tq, width) relative offset of key and query, for relative biases; None without axes.
+        key_grid: per axis (U, tq, n_a) the same offsets, without their repetition along the other axes, where the keys of a
+            tile are a grid of n_0 x n_1 x ... in its order; else None.
         rows: the first query when the group's queries are consecutive and unpadded, else None.
         band: (start, step) when tile t visits the consecutive keys from start + t * step on, else None: such keys are
             read in place, as a strided view.
@@ -37,6 +39,7 @@ class Tiles:
     mask: Tensor | None
     mask_of: Tensor
     offsets: tuple[Tensor, ...] | None = None
+    key_grid: tuple[Tensor, ...] | None = None
     rows: int | None = None
     band: tuple[int, int] | None = None
 
@@ -61,6 +64,7 @@ class Tiles:
             None if self.mask is None else self.mask.to(device),
             self.mask_of.to(device),
             None if self.offsets is None else tuple(offset.to(device) for offset in self.offsets),
+            None if self.key_grid is None else tuple(offset.to(device) for offset in self.key_grid),
             self.rows,
             self.band,
         )

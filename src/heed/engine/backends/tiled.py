@@ -121,14 +121,17 @@ def _logits(bias: RelativeLogits, call: Call, group: Tiles) -> Tensor:
     """(B * H, T, tq, width) relative logits of every tile."""
     assert group.offsets is not None  # checked by the caller
     of_tile = group.mask_of[0, :, 0]
+    grid = group.key_grid
     total = None
-    for logits, centre, offsets in zip(bias.logits, bias.centre, group.offsets, strict=True):
+    for axis, (logits, centre, offsets) in enumerate(zip(bias.logits, bias.centre, grid or group.offsets, strict=True)):
         rows = logits.flatten(0, 1)[:, group.queries.clamp(max=call.n - 1)]  # (B * H, T, tq, entries)
         place = (offsets + centre).clamp(0, logits.shape[-1] - 1)[of_tile]
         value = rows.gather(3, place.expand(rows.shape[0], -1, -1, -1))
+        if grid:  # (B * H, T, tq, 1, ..., n_a, ..., 1): every value once, and repeated by the sum
+            value = value.view(*value.shape[:3], *(value.shape[3] if a == axis else 1 for a in range(len(grid))))
         total = value if total is None else total + value
     assert total is not None  # a pattern has at least one axis
-    return total
+    return total.flatten(3)
 
 
 def _gathered(bias: Tensor, call: Call, plan: Plan, group: Tiles) -> Tensor:
