@@ -139,17 +139,17 @@ def sparse_attention(
         blocks = (stop - begin) // rows
         run = slice(block, block + blocks)
         block += blocks
-        index = selection.index[:, :, run].flatten(0, 2)
+        chosen = selection.index[:, :, run].flatten(0, 2)
         tiles = q[:, :, begin:stop].unflatten(2, (-1, rows)).flatten(0, 2)[:, None]
+        together = _consecutive(budget, ends[run], keys, late)
         grad, joined, outs = fetch.grad(q), v.new_empty(len(tiles), 1, rows, v.shape[3]), []
         for t in torch.arange(len(tiles), device=device).split(size):
             j = t % blocks
-            tokens, seen = _tokens(index[t], selection.count[run][j], ends[run][j], budget, late)
+            tokens, seen = _tokens(chosen[t], selection.count[run][j], ends[run][j], budget, late)
             tokens = tokens.clamp(0, keys - 1)
             visible = _visible(tokens, seen, ends[run][j], rows, q.dtype, budget)
-            attention = _rectangle(
-                fetch, (tokens + first[t // blocks, None]).flatten(), visible, scale, dropout, return_lse
-            )
+            index = ((tokens[:, ::together] + first[t // blocks, None]) // together).flatten()
+            attention = _rectangle(fetch, index, together, visible, scale, dropout, return_lse)
             some = slice(int(t[0]), int(t[-1]) + 1)
             if grad or return_lse:
                 outs.append(checkpoint(attention, tiles[some], use_reentrant=False) if grad else attention(tiles[some]))
@@ -177,6 +177,14 @@ def _tokens(index: Tensor, count: Tensor, ends: Tensor, budget: HiPBudget, late:
     return torch.cat([sinks, chosen, window], 1), torch.cat([sinks < begin, meant, window >= 0], 1)
 
 
+def _consecutive(budget: HiPBudget, ends: Tensor, keys: int, late: int) -> int:
+    """How many keys are always fetched together, so that copies are longer and fewer: sinks, choices and window allowing."""
+    sizes = [budget.chosen, keys]
+    if budget.window is not None:
+        sizes += [budget.sinks, budget.window + late, *(ends - ends[0]).unique().tolist(), int(ends[0])]
+    return math.gcd(*sizes)
+
+
 def _visible(
     tokens: Tensor, seen: Tensor, ends: Tensor, rows: int, dtype: torch.dtype, budget: HiPBudget
 ) -> dict[str, Any]:
@@ -191,12 +199,12 @@ def _visible(
 
 
 def _rectangle(
-    fetch: _Fetch, tokens: Tensor, visible: dict[str, Any], scale: float | None, dropout: float, lse: bool
+    fetch: _Fetch, index: Tensor, together: int, visible: dict[str, Any], scale: float | None, dropout: float, lse: bool
 ) -> Callable[[Tensor], Any]:
-    """Attention of tiles (c, 1, rows, D) to the keys `tokens` (c * width)."""
+    """Attention of tiles (c, 1, rows, D) to keys, of which `index` (c * width / together) names so many at once."""
 
     def attention(tiles: Tensor) -> Any:
-        k, v = fetch(tokens, len(tiles))
+        k, v = fetch(index, together, len(tiles))
         return attend(tiles, k, v, **visible, scale=scale, dropout=dropout, return_lse=lse)
 
     return attention
@@ -213,15 +221,16 @@ class _Fetch:
         """Whether a gradient is wanted."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in (q, *self.tables))
 
-    def __call__(self, tokens: Tensor, tiles: int) -> list[Tensor]:
+    def __call__(self, index: Tensor, together: int, tiles: int) -> list[Tensor]:
         """(tiles, 1, width, D) keys and values."""
+        tables = [table.view(-1, together * table.shape[1]) for table in self.tables]
         if torch.is_grad_enabled():
-            found = [table.index_select(0, tokens) for table in self.tables]
+            found = [table.index_select(0, index) for table in tables]
         else:
-            if len(self.buffers[0]) < len(tokens):
-                self.buffers = [table.new_empty(len(tokens), table.shape[1]) for table in self.tables]
+            if len(self.buffers[0]) < len(index) * together:
+                self.buffers = [table.new_empty(len(index) * together, table.shape[1]) for table in self.tables]
             found = [
-                torch.index_select(table, 0, tokens, out=buffer[: len(tokens)])
-                for table, buffer in zip(self.tables, self.buffers, strict=True)
+                torch.index_select(table, 0, index, out=buffer[: len(index) * together].view(len(index), -1))
+                for table, buffer in zip(tables, self.buffers, strict=True)
             ]
-        return [x.view(tiles, 1, -1, x.shape[1]) for x in found]
+        return [x.view(tiles, 1, -1, table.shape[1]) for x, table in zip(found, self.tables, strict=True)]

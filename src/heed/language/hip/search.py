@@ -235,16 +235,17 @@ def _search(rows: Tensor, table: Tensor, first: Tensor, ends: Tensor, budget: Hi
 def _descend(bounds: Tensor, score: Callable[[Tensor], Tensor], rounds: int) -> Tensor:
     """(c, M) ascending blocks, from the boundaries (c, M + 1) of the first slots. Rounds too many change nothing."""
     slots = bounds.shape[1] - 1
+    bounds = bounds.int()  # half as much to copy
     start, length = bounds[:, :-1], bounds.diff()
     best = score(start)
     for _ in range(rounds):
-        half = length // 2
+        half = length >> 1
         right = start + half
         left_score = best.masked_fill(half == 0, -torch.inf)  # a run of one block is its own right half
         best, kept = torch.cat([left_score, score(right)], 1).topk(slots, sorted=False)
         start = torch.cat([start, right], 1).gather(1, kept)
         length = torch.cat([half, length - half], 1).gather(1, kept)
-    return start.sort(-1).values
+    return start.sort(-1).values.long()
 
 
 def _score(
@@ -258,7 +259,7 @@ def _score(
     columns = rows.mT
     if last is None and len(table) % size == 0 and not bool((first % size).any()):
         # Whole blocks are rows of a table of blocks: fewer and longer copies.
-        blocks_table, begins = table.view(-1, size * table.shape[1]), first // size
+        blocks_table, begins = table.view(-1, size * table.shape[1]), (first // size).int()
         room = buffer.view(-1, size * table.shape[1])
 
         def gather(blocks: Tensor) -> Tensor:
