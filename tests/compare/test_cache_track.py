@@ -88,6 +88,7 @@ def test_bad_settings(text: str, model: str, tmp_path: Path) -> None:
         ({"methods": ("ful",)}, "unknown method 'ful'.*full"),
         ({"prompt": 0}, "prompt=0: give a whole number"),
         ({"data": "/nowhere"}, "is no file or folder"),
+        ({"model": "/nowhere"}, "model='/nowhere' is no folder"),
     ):
         with pytest.raises(ValueError, match=words):
             run(CacheSettings(**{"methods": (FULL,), "data": text, "out": str(tmp_path / "bad"), **FAST, **values}))

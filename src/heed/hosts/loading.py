@@ -13,6 +13,15 @@ from heed.hosts.quiet import no_progress_bars
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def check_source(source: str | Path) -> None:
+    """ValueError for what is written as a path and is no folder."""
+    path = Path(source).expanduser()
+    if str(source).startswith(("/", ".", "~")) and not path.is_dir():
+        raise ValueError(
+            f"model={str(source)!r} is no folder; give one that save_pretrained wrote, or an id on the Hub"
+        )
+
+
 def load_pretrained(
     source: str | Path, model_class: Any, companion_class: Any, named: str, *, device: str = "auto", dtype: str = "auto"
 ) -> tuple[Any, Any]:
@@ -31,6 +40,7 @@ def load_pretrained(
     Raises:
         ValueError: nothing there that transformers can load so, or an unknown dtype.
     """
+    check_source(source)
     if dtype not in ("auto", *DTYPES):
         raise ValueError(unknown("dtype", dtype, ("auto", *DTYPES)))
     if device == "auto":

@@ -20,8 +20,9 @@ from heed.compare.track import Track, Trial
 from heed.compare.tracks.cache.host import prepare
 from heed.compare.tracks.cache.methods import METHODS, check_methods
 from heed.compare.tracks.cache.scores import continued
-from heed.compare.tracks.cache.settings import FOUND, CacheSettings
+from heed.compare.tracks.cache.settings import FOUND, TINY, CacheSettings
 from heed.data.text import TextData, load_text
+from heed.hosts.loading import check_source
 from heed.language.caches.method import CacheSource
 from heed.language.passkey import found_keys
 from heed.methods import apply
@@ -47,11 +48,13 @@ class Caches(Track):
     template = "tracks/cache/report.html.j2"
     explained = (
         "Perplexity is that of the tokens after a prompt, given one by one, as the method's cache predicts them; its change "
-        "is against the model as it is. With one seed, methods within 0.2 % of each other tie"
+        "is against the model as it is"
     )
 
     def check(self, settings: CacheSettings) -> None:
         check_methods(settings.methods)
+        if settings.model != TINY:
+            check_source(settings.model)
 
     def load(self, settings: CacheSettings) -> TextData:
         return load_text(settings.data)
