@@ -126,6 +126,7 @@ class Routed(TextModel):
             RoutingConfig(
                 vocab=BYTES,
                 dim=settings.width,
+                ffn_dim=_feed_forward(settings),
                 layers=settings.layers,
                 length=settings.context,
                 cluster_heads=routed,
@@ -152,6 +153,11 @@ class Routed(TextModel):
         return _LOAD.format(path)
 
 
+def _feed_forward(settings: LanguageSettings) -> int:
+    """Hidden width of gated feed-forward networks: three maps with the weights of two of four times the width."""
+    return settings.width * 8 // 3 // 8 * 8
+
+
 def _losses(logits: Float[Tensor, "B N V"], ids: Int64[Tensor, "B M"]) -> Float[Tensor, "B N"]:
     return nn.functional.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
 
@@ -164,7 +170,7 @@ def _decoder(settings: LanguageSettings) -> nn.Module:
     config = LlamaConfig(
         vocab_size=BYTES,
         hidden_size=settings.width,
-        intermediate_size=settings.width * 8 // 3 // 8 * 8,
+        intermediate_size=_feed_forward(settings),
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads,
