@@ -50,3 +50,14 @@ def padded(ids: Tensor, padding: list[int]) -> dict[str, Tensor]:
 
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 11, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def steps(model: Any, cache: Any, inputs: dict[str, Tensor], new: Tensor) -> Tensor:
+    """Logits of the prompt's last token and of each token of `new` (B, S), given one by one: (B, 1 + S, V)."""
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    logits = [model(**inputs, past_key_values=cache).logits[:, -1:]]
+    for i in range(new.shape[1]):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        at = mask.sum(1, keepdim=True) - 1
+        logits.append(model(new[:, i : i + 1], attention_mask=mask, position_ids=at, past_key_values=cache).logits)
+    return torch.cat(logits, 1)

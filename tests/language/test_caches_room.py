@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from decoders import DECODERS, GREEDY, SIZES, decoder, padded, prompt
+from decoders import DECODERS, GREEDY, SIZES, decoder, padded, prompt, steps
 from some_heads import some_heads
 from torch import Tensor, nn
 
@@ -51,18 +51,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", message=".* leaves 1 of 2 layers")
         yield
-
-
-def steps(model: Any, cache: Any, inputs: dict[str, Tensor], new: Tensor) -> Tensor:
-    """Logits of the prompt's last token and of each token of `new` (B, S), given one by one: (B, 1 + S, V)."""
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    logits = [model(**inputs, past_key_values=cache).logits[:, -1:]]
-    for i in range(new.shape[1]):
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        at = mask.sum(1, keepdim=True) - 1
-        out = model(new[:, i : i + 1], attention_mask=mask, position_ids=at, past_key_values=cache)
-        logits.append(out.logits)
-    return torch.cat(logits, 1)
 
 
 @caches

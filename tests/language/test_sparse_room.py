@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from decoders import DECODERS, GREEDY, SIZES, decoder, padded, prompt
+from decoders import DECODERS, GREEDY, SIZES, decoder, padded, prompt, steps
 from torch import Tensor, nn
 
 import heed
@@ -46,17 +46,6 @@ decoders = pytest.mark.parametrize("name", DECODERS)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def steps(model: Any, cache: Any, inputs: dict[str, Tensor], new: Tensor) -> Tensor:
-    """Logits of the prompt's last token and of each token of `new` (B, S), given one by one: (B, 1 + S, V)."""
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    logits = [model(**inputs, past_key_values=cache).logits[:, -1:]]
-    for i in range(new.shape[1]):
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        at = mask.sum(1, keepdim=True) - 1
-        logits.append(model(new[:, i : i + 1], attention_mask=mask, position_ids=at, past_key_values=cache).logits)
-    return torch.cat(logits, 1)
 
 
 def cache_of(model: Any) -> t.DynamicCache:

@@ -86,6 +86,16 @@ def check_device(device: str) -> None:
         raise ValueError(f"device={device!r}: this machine has {torch.accelerator.device_count()} of them")
 
 
+def check_precision(settings: Any) -> None:
+    """Raise ValueError for half precision where this machine's processor would compute in it.
+
+    Args:
+        settings: of a track that trains: with `precision`, `device` and `ray`.
+    """
+    if settings.ray is None and settings.precision == "fp16" and device_kind(settings.device) == "cpu":
+        raise ValueError("precision='fp16' needs an accelerator; on the CPU use 'bf16' or 'fp32'")
+
+
 def join_processes(settings: Settings) -> None:
     """Where `accelerate launch` started several processes, connect them; every trial then spreads over them all.
 

@@ -2,8 +2,8 @@
 
     o_i = softmax over { j <= i : pattern keeps (i, j) } of scale q_i k_j^T, times v_j      i, j positions without padding
 
-This is the way to a sliding window, a dilated or strided one, sinks beside a window (`Window(256) | ~Window(...)`), or what
-else the algebra of patterns gives, in models that were written for dense attention.
+This is the way to a sliding window, a dilated or strided one, both together (`Window(256) | Strided(64)`), or what else the
+algebra of patterns gives, in models that were written for dense attention.
 """
 
 from __future__ import annotations

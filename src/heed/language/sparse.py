@@ -28,7 +28,7 @@ class SpanRule(AttentionRule):
     def attend(self, call: AttentionCall, span: Span) -> Float[Tensor, "b H q E"]:
         """The attention of a span's queries over its keys."""
 
-    def core(self, call: AttentionCall) -> Float[Tensor, "B Q H E"]:  # type: ignore[override]
+    def core(self, call: AttentionCall) -> Float[Tensor, "B Q H E"] | None:  # type: ignore[override]
         if call.softcap is not None or call.options.get("s_aux") is not None:
             raise ValueError(
                 f"{type(call.module).__name__} caps its scores or has learned sinks, which {self.named()} cannot do"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from heed.catalogue import provides
 from heed.hosts.attach import attach_rule, attention_layers, is_transformers
-from heed.hosts.rules import AttentionCall, AttentionRule, run_rules
+from heed.hosts.rules import AttentionCall, AttentionRule
 from heed.language.sparse import sparse_layers
 from heed.layers.subsampled import Draw
 from heed.layers.subsampling import SubsampledCost, Subsampling, subsampled_cost
@@ -137,11 +137,11 @@ class SubsamplingRule(AttentionRule):
     def __init__(self, state: SubsamplingState) -> None:
         self.state = state
 
-    def core(self, call: AttentionCall) -> Tensor:  # type: ignore[override]
+    def core(self, call: AttentionCall) -> Tensor | None:  # type: ignore[override]
         state, (batch, heads, n, _) = self.state, call.query.shape
         drawing = call.module.training or state.always
         if not drawing or state.dense or n != call.key.shape[2] or n == 1:
-            return run_rules(call, ())[0]
+            return None  # the host's own
         if call.softcap is not None or call.options.get("s_aux") is not None:
             raise ValueError(
                 f"{type(call.module).__name__} caps its scores or has learned sinks, which subsampled attention cannot do"

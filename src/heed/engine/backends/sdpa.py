@@ -35,7 +35,7 @@ def run(call: Call) -> Result:
     allowed = None
     if not isinstance(call.pattern, Full):  # whose mask would be one more for every length of a growing text
         allowed = _static_mask(call.pattern, call.n, call.m, q.device) if call.pattern.static else call.allowed()
-    if call.key_mask is not None and (allowed is None or call.pattern.static):
+    if call.key_mask is not None and call.pattern.static:  # else it is in what is allowed
         keys = call.key_mask[:, None, None, :]
         allowed = keys if allowed is None else allowed & keys
     mask = allowed

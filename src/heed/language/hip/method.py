@@ -137,7 +137,7 @@ class _HiPRule(SpanRule):
         super().__init__()
         self.method, self.state = method, state
 
-    def core(self, call: AttentionCall) -> Tensor:
+    def core(self, call: AttentionCall) -> Tensor | None:
         if call.query.shape[2] > 1:
             self.state.forget(call.layer)
         return super().core(call)

@@ -44,7 +44,3 @@ class LayerCache:
             room[:, :, self.length : end] = new.detach()
             found[name] = room[:, :, :end]
         return found
-
-    def reorder(self, rows: Tensor) -> None:
-        """Take these rows of the batch, for beam search; (B,) integers."""
-        self._rows = {name: kept.index_select(0, rows) for name, kept in self._rows.items()}

@@ -137,7 +137,7 @@ class _DistillationRule(SpanRule):
         super().__init__()
         self.method, self.state, self.inputs = method, state, inputs
 
-    def core(self, call: AttentionCall) -> Tensor:
+    def core(self, call: AttentionCall) -> Tensor | None:
         self.state._parts[call.layer] = []
         out = super().core(call)
         self.inputs.forget(call.layer)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from heed.catalogue import provides
 from heed.hosts.attach import attach_rule
-from heed.hosts.rules import AttentionCall, plain_attention
+from heed.hosts.rules import AttentionCall
 from heed.language.seer.attention import block_sparse_attention
 from heed.language.seer.gate import AttnGate
 from heed.language.seer.gates import GateSettings, SeerGates
@@ -131,9 +131,9 @@ class _SeerRule(SpanRule):
         super().__init__()
         self.state, self.inputs = state, inputs
 
-    def core(self, call: AttentionCall) -> Tensor:
+    def core(self, call: AttentionCall) -> Tensor | None:
         if call.query.shape[2] == 1:
-            out = plain_attention(call)
+            out = None  # the host's own
         else:
             self.state.begin(call.layer)
             out = super().core(call)

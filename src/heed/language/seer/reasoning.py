@@ -16,7 +16,7 @@ from heed.catalogue import provides
 from heed.engine.attend import attend
 from heed.engine.patterns import Full
 from heed.hosts.attach import attach_rule
-from heed.hosts.rules import AttentionCall, plain_attention
+from heed.hosts.rules import AttentionCall
 from heed.language.seer.decode import CompressedKeys, DecodeGate
 from heed.language.seer.gates import GateSettings, SeerGates
 from heed.language.seer.inputs import GateInputs
@@ -138,12 +138,12 @@ class _SeerRRule(SpanRule):
         super().__init__()
         self.method, self.state, self.inputs = method, state, inputs
 
-    def core(self, call: AttentionCall) -> Tensor:
+    def core(self, call: AttentionCall) -> Tensor | None:
         if call.query.shape[2] == 1:
             out = super().core(call)
         else:
             self.state.forget(call.layer)
-            out = plain_attention(call)
+            out = None  # the host's own
             if not torch.is_grad_enabled():
                 for span in self.spans(call):
                     self._begin(call, span, span.last - span.first)

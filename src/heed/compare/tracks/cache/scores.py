@@ -21,8 +21,6 @@ from torch.nn import functional
 
 from heed.language.caches.layer import cache_nbytes
 
-_TIMED_PROMPTS = 1  # prompts at once where time is taken
-
 
 @dataclass(frozen=True)
 class Continued:

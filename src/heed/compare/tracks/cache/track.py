@@ -19,7 +19,7 @@ from heed.compare.results import Cost, DataSummary, Metric, Results
 from heed.compare.track import Track, Trial
 from heed.compare.tracks.cache.host import prepare
 from heed.compare.tracks.cache.methods import METHODS, check_methods
-from heed.compare.tracks.cache.scores import continued
+from heed.compare.tracks.cache.scores import Continued, continued
 from heed.compare.tracks.cache.settings import FOUND, TINY, CacheSettings
 from heed.data.text import TextData, load_text
 from heed.hosts.loading import check_source
@@ -79,10 +79,8 @@ class Caches(Track):
         method = METHODS[trial.method](host, settings)
         trial.steps = len(host.texts) + len(host.keys)
 
-        def go_on(done: int = 0) -> Any:
-            return continued(
-                host.model, host.texts, settings.prompt, new_cache, settings.batch_size, lambda n: trial.tell(done + n)
-            )
+        def go_on() -> Continued:
+            return continued(host.model, host.texts, settings.prompt, new_cache, settings.batch_size, trial.tell)
 
         def new_cache() -> Any:
             return source.cache() if source is not None else _dynamic(host.model)

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from heed.checkpoint import write_atomically
-from heed.compare.machine import device_kind, repeatable
+from heed.compare.machine import check_precision, repeatable
 from heed.compare.results import DataSummary, Results
 from heed.compare.track import Measured, Track, Trial
 from heed.compare.tracks.classify.host import check_methods
@@ -34,8 +34,7 @@ class Classify(Track):
 
     def check(self, settings: ClassifySettings) -> None:
         check_methods(settings.methods, settings.host)
-        if settings.ray is None and settings.precision == "fp16" and device_kind(settings.device) == "cpu":
-            raise ValueError("precision='fp16' needs an accelerator; on the CPU use 'bf16' or 'fp32'")
+        check_precision(settings)
 
     def load(self, settings: ClassifySettings) -> ImageData:
         return load_images(settings.data, strict=settings.strict, image_size=settings.image_size)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from heed.checkpoint import write_atomically
-from heed.compare.machine import describe_machine, device_kind, draw, is_leader, repeatable
+from heed.compare.machine import check_precision, describe_machine, draw, is_leader, repeatable
 from heed.compare.measure import FOREVER, peak_memory, rate, steps_in
 from heed.compare.results import Cost, DataSummary, Metric, Results
 from heed.compare.table import join
@@ -48,8 +48,7 @@ class Language(Track):
 
     def check(self, settings: LanguageSettings) -> None:
         check_methods(settings.methods)
-        if settings.ray is None and settings.precision == "fp16" and device_kind(settings.device) == "cpu":
-            raise ValueError("precision='fp16' needs an accelerator; on the CPU use 'bf16' or 'fp32'")
+        check_precision(settings)
 
     def load(self, settings: LanguageSettings) -> TextData:
         data = load_text(settings.data)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-from heed.compare.machine import describe_machine, device_kind, repeatable
+from heed.compare.machine import check_precision, describe_machine, device_kind, repeatable
 from heed.compare.results import Cost, DataSummary, Results
 from heed.compare.track import Measured, Track, Trial
 from heed.compare.tracks.pretrain.host import build_host, build_objective, check_methods
@@ -40,8 +40,7 @@ class Pretrain(Track):
 
     def check(self, settings: PretrainSettings) -> None:
         check_methods(settings.methods, settings.host)
-        if settings.ray is None and settings.precision == "fp16" and device_kind(settings.device) == "cpu":
-            raise ValueError("precision='fp16' needs an accelerator; on the CPU use 'bf16' or 'fp32'")
+        check_precision(settings)
 
     def load(self, settings: PretrainSettings) -> ImageData:
         return load_images(settings.data, strict=settings.strict, image_size=settings.image_size)
