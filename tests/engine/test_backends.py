@@ -395,3 +395,52 @@ def test_relative_biases_need_axes_on_every_backend(backend: str, pattern: Patte
     q = torch.randn(1, 2, 90, 8)
     with pytest.raises(ValueError, match="needs a pattern with axes"):
         heed.attend(q, q, q, pattern, bias=RelativeBias(torch.zeros(2, 3)), backend=backend)
+
+
+def _picked(keys: int, tile: int) -> Selected:
+    return Selected(torch.arange(keys).expand(1, 1, 1024 // tile, keys), (tile, 1))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "expected"),
+    [
+        (
+            _picked(100, 1),
+            torch.float32,
+            "sdpa",
+        ),  # a tenth of the keys for single queries: fetching costs more than masking
+        (_picked(10, 1), torch.float32, "tiled"),
+        (_picked(100, 128), torch.float32, "tiled"),
+        (Full(), torch.float32, "sdpa"),
+        (Full(), torch.bfloat16, "sdpa"),
+    ],
+    ids=str,
+)
+def test_what_auto_takes_of_1024_tokens(
+    pattern: Pattern, dtype: torch.dtype, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    q, k, v = torch.randn(3, 1, 1, 1024, 8, dtype=dtype)
+    with caplog.at_level("DEBUG", logger="heed.engine"):
+        heed.attend(q, k, v, pattern)
+    assert f"{expected} for {pattern}" in caplog.text
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, "sdpa for"), (torch.bfloat16, "reference for")])
+def test_gradients_over_few_keys_in_half_precision(
+    dtype: torch.dtype, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    q, k, v = torch.randn(3, 2, 2, 49, 8, dtype=dtype).requires_grad_()
+    with caplog.at_level("DEBUG", logger="heed.engine"):
+        heed.attend(q, k, v, Full())
+        assert expected in caplog.text
+        caplog.clear()
+        with torch.no_grad():
+            heed.attend(q, k, v, Full())
+        assert "sdpa for" in caplog.text
+
+
+def test_autocast_does_not_round_the_scores_of_the_reference() -> None:
+    q, k, v = torch.randn(3, 1, 2, 20, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = heed.attend(q, k, v, Full(), backend="reference")
+    assert torch.equal(out, heed.attend(q, k, v, Full(), backend="reference"))

@@ -71,6 +71,9 @@ def test_groups_selection_and_subsets() -> None:
     mask = Selected(index, (2, 3)).mask(3, 8)
     assert mask.shape == (1, 1, 3, 8)
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0, 0, 1, 1]] * 2 + [[0, 0, 0, 1, 1, 1, 0, 0]]
+    rule = Selected(index, (2, 3)).rule(3, 8, index.device)
+    zero = torch.zeros((), dtype=torch.long)
+    assert torch.equal(rule(zero, zero, torch.arange(3)[:, None], torch.arange(8)), mask[0, 0])
     drawn = Subsampled(0.25, torch.Generator().manual_seed(1))
     assert drawn == Subsampled(0.25, torch.Generator().manual_seed(1))
     mask = drawn.mask(5, 16)

@@ -35,6 +35,13 @@ def test_what_is_no_batch_of_images_is_named(name: str) -> None:
             model(wrong)
 
 
+@torch.no_grad()
+def test_the_layout_of_the_images_in_memory_does_not_matter(name: str) -> None:
+    model, x = build(name)
+    pixels_first = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(model.eval()(x), model(pixels_first))
+
+
 def test_every_parameter_learns(name: str) -> None:
     """After a few steps away from special initial values (zeros), no gradient is missing or zero."""
     model, x = build(name)

@@ -124,6 +124,14 @@ class Selected(Pattern):
         chosen = self.index.new_zeros((*self.index.shape[:3], -(-m // self.block[1]) + 1), dtype=torch.bool)
         return chosen.scatter_(3, self.index % chosen.shape[3], True)[..., :-1]  # -1 lands in the extra column
 
+    def mask(self, n: int, m: int | None = None, *, batch: int = 1, heads: int = 1, device: object = None) -> Tensor:
+        m = n if m is None else m
+        self.check(n, m)
+        kept = self.block_map(m).to(device or "cpu")  # type: ignore[call-overload]
+        for axis, size in zip((2, 3), self.block, strict=True):
+            kept = kept.repeat_interleave(size, axis) if size > 1 else kept
+        return kept[:, :, :n, :m].expand(batch, heads, n, m)
+
     def rule(self, n: int, m: int, device: torch.device) -> Rule:
         visited = self.block_map(m).to(device)
         batch, heads = visited.shape[:2]

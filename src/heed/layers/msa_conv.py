@@ -220,7 +220,8 @@ def msa_conv(
     if window.padded:
         k, v = (_pad(x, window) for x in (k, v))
     q_, k_, v_ = (x.reshape(x.shape[0], heads, -1, x.shape[2] * x.shape[3]).transpose(2, 3) for x in (q, k, v))
-    return attend(q_, k_, v_, window, dropout=dropout).transpose(2, 3).reshape(q.shape)
+    mixed = attend(q_, k_, v_, window, dropout=dropout).transpose(1, 2)
+    return mixed.reshape(q.shape[0], *q.shape[2:], q.shape[1]).permute(0, 3, 1, 2)
 
 
 def _taps(x: Tensor, window: ConvWindow) -> Iterator[Tensor]:

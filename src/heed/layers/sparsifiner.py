@@ -244,7 +244,7 @@ def largest(scores: Float[Tensor, "... M"], count: int) -> Int[Tensor, "... {cou
     values, index = scores.topk(count, -1, sorted=False)
     if not torch.compiler.is_compiling():  # a compiled graph cannot look at values
         reached = scores >= values.amin(-1, keepdim=True)
-        if int(reached.sum()) == index.numel():
+        if int(reached.count_nonzero()) == index.numel():
             return index
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
 

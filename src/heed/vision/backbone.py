@@ -9,6 +9,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from heed.models import HeedModel
+from heed.vision.parts import channels_last
 
 
 class Backbone(HeedModel):
@@ -73,7 +74,7 @@ class Backbone(HeedModel):
     def forward_features(self, x: Tensor) -> Tensor:
         """The features before pooling, (B, C, H, W)."""
         self.check_images(x)
-        return self.maps_and_features(x)[1]
+        return self.maps_and_features(channels_last(x))[1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool features (B, C, H, W) and classify; with `pre_logits` stop before the classifier."""
@@ -143,7 +144,7 @@ class Backbone(HeedModel):
         if norm:
             raise ValueError("norm=True: intermediate maps are given as the stages leave them")
         self.check_images(x)
-        maps, features = self.maps_and_features(x)
+        maps, features = self.maps_and_features(channels_last(x))
         count = len(maps)
         if indices is None:
             indices = count

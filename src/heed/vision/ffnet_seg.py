@@ -30,7 +30,7 @@ from heed.layers.metamixer import FFNifiedAttention
 from heed.layers.reparam import BranchedConv, ConvNorm, fuse
 from heed.models import HeedModel, register_models
 from heed.vision.ffnet import BLOCK_RENAMES, NORM_RENAMES, ChannelMixer, FFBlock, check_stages, init_weights
-from heed.vision.parts import drop_path_rates
+from heed.vision.parts import channels_last, drop_path_rates
 
 _STEM = 64
 _UPSAMPLING = ("bicubic", "bilinear", "nearest")
@@ -150,7 +150,7 @@ class FFNetSegBackbone(nn.Module):
             self.stages.append(nn.Sequential(*merging, *blocks))
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
-        x = self.stem(x)
+        x = self.stem(channels_last(x))
         maps = []
         for stage in self.stages:
             x = stage(x)

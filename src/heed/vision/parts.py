@@ -72,6 +72,17 @@ class ConvMlp(nn.Module):
         return self.drop(self.fc2(self.drop(F.gelu(x).permute(0, 2, 3, 1))))
 
 
+def channels_last(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """The same images with each pixel's channels side by side in memory, on a CPU.
+
+    Convolutions, norms and pooling are up to 4 times faster there in that layout, and hand it on to every map. Compiled
+    and exported graphs choose their own.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def pad_to_multiple(x: Float[Tensor, "B C H W"], size: int | Sequence[int]) -> Float[Tensor, "B C h w"]:
     """Zeros at the bottom and right of a channels-first map until `size` divides its sides."""
     rows, columns = (size, size) if isinstance(size, int) else size

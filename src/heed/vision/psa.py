@@ -25,6 +25,7 @@ from heed.catalogue import provides
 from heed.errors import unknown
 from heed.layers.psa import insert_psa
 from heed.models import HeedModel, register_models
+from heed.vision.parts import channels_last
 
 
 @provides("35-psa")
@@ -90,7 +91,7 @@ class PSANet(HeedModel):
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K h w"]:
         if x.ndim != 4 or x.shape[1] != self.config.in_chans:
             raise ValueError(f"input {tuple(x.shape)}: this model takes images (B, {self.config.in_chans}, H, W)")
-        maps = self.host(x)
+        maps = self.host(channels_last(x))
         if self.config.fuse == "first":
             return self.head(maps[0])
         size = maps[0].shape[2:]
