@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,6 +28,26 @@ from heed.layers.registry import layers
 
 COMBINATIONS = ("multiply", "add", "none", "sigmoid")
 CONVOLUTIONS = ("conv0", "conv_spatial", "conv1")
+
+
+class SpreadConv2d(nn.Conv2d):
+    """A depthwise convolution with dilation d and as many pixels after it, (B, C, H, W) -> (B, C, H, W).
+
+    On a CPU the d x d maps that hold every d-th pixel of a map are convolved apart and without dilation: the same sums,
+    which its kernels take a third to a tenth of the time for. Compiled and exported graphs get the one convolution.
+    """
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        d = self.dilation[0]
+        if d == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        channels, height, width = x.shape[1:]
+        x = F.pad(x, (0, -width % d, 0, -height % d)).permute(0, 2, 3, 1)
+        x = x.unflatten(2, (-1, d)).unflatten(1, (-1, d)).permute(0, 2, 4, 1, 3, 5)  # (B, d, d, h, w, C)
+        padding = [size // 2 for size in self.kernel_size]
+        y = F.conv2d(x.flatten(0, 2).permute(0, 3, 1, 2), self.weight, self.bias, padding=padding, groups=channels)
+        y = y.permute(0, 2, 3, 1).reshape(x.shape).permute(0, 3, 1, 4, 2, 5).flatten(3, 4).flatten(1, 2)
+        return y[:, :height, :width].permute(0, 3, 1, 2)
 
 
 @provides("25-van")
@@ -189,8 +210,8 @@ def _kernels(kernel_size: int, dilation: int) -> tuple[int, int]:
     return 2 * dilation - 1, spread
 
 
-def _depthwise(dim: int, kernel: int, dilation: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(dim, dim, kernel, padding=dilation * (kernel // 2), dilation=dilation, groups=dim)
+def _depthwise(dim: int, kernel: int, dilation: int = 1) -> SpreadConv2d:
+    return SpreadConv2d(dim, dim, kernel, padding=dilation * (kernel // 2), dilation=dilation, groups=dim)
 
 
 @layers.register("lka")

@@ -223,10 +223,10 @@ class SoftKernel(nn.Module):
         mixed = self.mix(q, v, height, width).to(v.dtype)
         if self.conv is None:
             return mixed
-        batch = v.shape[0]
-        maps = v.permute(0, 3, 1, 2).reshape(batch * self.head_dim, self.num_heads, height, width)
-        local = self.conv(maps).view(batch, self.head_dim, self.num_heads, height * width)
-        return mixed + local.permute(0, 2, 3, 1)
+        maps = v.transpose(1, 2).reshape(v.shape[0], height, width, -1).permute(0, 3, 1, 2)
+        kernels = self.conv.weight.repeat_interleave(self.head_dim, 0)  # a head's channels share theirs
+        local = F.conv2d(maps, kernels, padding=self.conv.padding, groups=len(kernels))  # type: ignore[arg-type]
+        return mixed + local.permute(0, 2, 3, 1).reshape(v.transpose(1, 2).shape).transpose(1, 2)
 
     def mix(
         self, q: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"], height: int, width: int

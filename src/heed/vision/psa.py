@@ -94,8 +94,12 @@ class PSANet(HeedModel):
         maps = self.host(channels_last(x))
         if self.config.fuse == "first":
             return self.head(maps[0])
-        size = maps[0].shape[2:]
-        return self.head(torch.cat([maps[0], *(F.interpolate(m, size, mode="bilinear") for m in maps[1:])], 1))
+        # The head of the maps, enlarged and joined; the two commute, and the head makes few channels of many.
+        first, *others = self.head.weight.split([m.shape[1] for m in maps], 1)
+        out = F.conv2d(maps[0], first, self.head.bias)
+        for m, weight in zip(maps[1:], others, strict=True):
+            out = out + F.interpolate(F.conv2d(m, weight), out.shape[2:], mode="bilinear")
+        return out
 
 
 @provides("35-psa")
