@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from heed.catalogue import provides
 from heed.engine.attend import attend
 from heed.engine.patterns import Full, Selected
+from heed.engine.precision import no_autocast
 from heed.layers.attention import check_heads
 from heed.layers.registry import layers
 
@@ -184,12 +185,14 @@ class ConnectivityPredictor(nn.Module):
                 f"{self.num_tokens} tokens"
             )
         active = None if token_mask is None else self._active(token_mask, len(q))
-        queries, keys = self.proj_c_q(run_means(q[:, :, self.prefix :], self.share)), self.proj_c_k(k)
-        if token_mask is not None:
-            queries = queries * token_mask[:, None, :, None]
-            keys = keys * F.pad(token_mask, (self.prefix, 0), value=True)[:, None, :, None]
-        coef = (self.num_heads**-0.5 * (queries @ (keys.mT @ self.proj_n))).softmax(-1)
-        coef, scores = self._combine(coef, self.basis().to(coef.dtype))
+        with no_autocast(q):  # in half precision many scores would tie
+            q, k = (x.to(self.proj_n.dtype) for x in (q, k))
+            queries, keys = self.proj_c_q(run_means(q[:, :, self.prefix :], self.share)), self.proj_c_k(k)
+            if token_mask is not None:
+                queries = queries * token_mask[:, None, :, None]
+                keys = keys * F.pad(token_mask, (self.prefix, 0), value=True)[:, None, :, None]
+            coef = (self.num_heads**-0.5 * (queries @ (keys.mT @ self.proj_n))).softmax(-1)
+            coef, scores = self._combine(coef, self.basis())
         return Connectivity(scores, coef, self._choose(scores.detach(), token_mask, active), self.share)
 
     def mask(self, found: Connectivity) -> Bool[Tensor, "B h N N"]:
@@ -241,12 +244,14 @@ class ConnectivityPredictor(nn.Module):
 
 def largest(scores: Float[Tensor, "... M"], count: int) -> Int[Tensor, "... {count}"]:
     """Indices of the `count` largest entries of every row, in any order; of equal ones the first."""
+    if torch.compiler.is_compiling():  # a compiled graph cannot look at values
+        return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
     values, index = scores.topk(count, -1, sorted=False)
-    if not torch.compiler.is_compiling():  # a compiled graph cannot look at values
-        reached = scores >= values.amin(-1, keepdim=True)
-        if int(reached.count_nonzero()) == index.numel():
-            return index
-    return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    reached = scores >= values.amin(-1, keepdim=True)
+    if int(reached.count_nonzero()) > index.numel():
+        tied = reached.sum(-1) > count
+        index[tied] = scores[tied].argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return index
 
 
 def run_means(x: Tensor, size: int) -> Tensor:
