@@ -35,6 +35,15 @@ def test_what_is_no_batch_of_images_is_named(name: str) -> None:
             model(wrong)
 
 
+def test_maps_are_laid_out_channels_last_on_a_cpu() -> None:
+    for channels in (1, 3):
+        model = heed.create_model("van_micro", in_chans=channels)
+        seen = []
+        model.stages[0].proj.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))  # type: ignore[union-attr]
+        model(torch.randn(2, channels, 32, 32))
+        assert seen[0].stride(1) == 1
+
+
 @torch.no_grad()
 def test_the_layout_of_the_images_in_memory_does_not_matter(name: str) -> None:
     model, x = build(name)

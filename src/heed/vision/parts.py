@@ -80,7 +80,8 @@ def channels_last(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x
-    return x.contiguous(memory_format=torch.channels_last)
+    # A copy even where the strides would do: those of a single channel fit either layout, and the first would be taken.
+    return x.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
 
 
 def pad_to_multiple(x: Float[Tensor, "B C H W"], size: int | Sequence[int]) -> Float[Tensor, "B C h w"]:
