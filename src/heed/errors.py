@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_SHOWN = 60  # names in a message
+
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """A message for a name nobody registered, with the nearest names that somebody did."""
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names) or 'none'}"
-    return f"unknown {kind} {name!r}; {hint}"
+    if near:
+        return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, near))}?"
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"unknown {kind} {name!r}; known: {', '.join(names[:_SHOWN]) or 'none'}{rest}"
 
 
 class MissingExtra(ImportError):
