@@ -150,7 +150,7 @@ def test_learns_digits_at_one_size_and_reads_them_at_another() -> None:
     x, y = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
     model = cast(TiC, heed.create_model("tic_micro"))
     optimiser = torch.optim.AdamW(model.parameters(), 5e-3)
-    for _ in range(2):
+    for _ in range(4):
         for batch in torch.randperm(1400).split(50):
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()

@@ -346,7 +346,7 @@ register_models(
     # For images of 8 to 32 pixels a side: the size of `vit_micro`, with more heads for the groups to differ.
     grouped_vit_micro=GroupedViTConfig(
         img_size=8,
-        patch_size=1,
+        patch_size=2,
         in_chans=1,
         num_classes=10,
         dim=64,
