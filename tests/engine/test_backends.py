@@ -404,11 +404,7 @@ def _picked(keys: int, tile: int) -> Selected:
 @pytest.mark.parametrize(
     ("pattern", "dtype", "expected"),
     [
-        (
-            _picked(100, 1),
-            torch.float32,
-            "sdpa",
-        ),  # a tenth of the keys for single queries: fetching costs more than masking
+        (_picked(100, 1), torch.float32, "sdpa"),  # fetching a tenth of the keys for every query costs more than a mask
         (_picked(10, 1), torch.float32, "tiled"),
         (_picked(100, 128), torch.float32, "tiled"),
         (Full(), torch.float32, "sdpa"),

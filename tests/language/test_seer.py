@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as t
-from decoders import GREEDY, SIZES, decoder, padded, prompt
+from decoders import GREEDY, SIZES, decoder, padded, prompt, steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -444,13 +444,7 @@ def test_decoding_with_room_for_all_is_the_model_itself(name: str) -> None:
 
 def _steps(model: Any, inputs: dict[str, Tensor], new: Tensor, cache: Any = None) -> Tensor:
     cache = t.DynamicCache(config=model.config) if cache is None else cache
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    logits = [model(**inputs, past_key_values=cache).logits[:, -1:]]
-    for i in range(new.shape[1]):
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        at = mask.sum(1, keepdim=True) - 1
-        logits.append(model(new[:, i : i + 1], attention_mask=mask, position_ids=at, past_key_values=cache).logits)
-    return torch.cat(logits, 1)
+    return steps(model, cache, inputs, new)
 
 
 @pytest.mark.usefixtures("_no_grad")

@@ -87,6 +87,16 @@ def test_any_size_and_the_gate_of_ones_is_the_identity(height: int, width: int, 
     assert torch.equal(layer(x), x)
 
 
+@torch.no_grad()
+def test_maps_of_every_third_pixel_make_the_dilated_convolution() -> None:
+    conv = LKA(4).conv_spatial
+    assert isinstance(conv, nn.Conv2d)
+    for height, width in ((12, 9), (10, 7), (2, 3)):
+        x = torch.randn(2, 4, height, width)
+        wanted = F.conv2d(x, conv.weight, conv.bias, padding=9, dilation=3, groups=4)
+        torch.testing.assert_close(conv(x), wanted)
+
+
 def test_kernels_of_one_gate_each_pixel_by_itself() -> None:
     layer = LKA(3, 1, 1)
     x = torch.randn(2, 3, 4, 5)

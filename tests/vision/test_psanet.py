@@ -42,6 +42,15 @@ def test_without_psa() -> None:
     assert not [m for m in model.modules() if isinstance(m, PSA)]
 
 
+@torch.no_grad()
+def test_the_head_reads_all_maps_enlarged_and_joined() -> None:
+    model: Any = heed.create_model("psa_resnet18").eval()
+    x = torch.randn(1, 3, 64, 64)
+    first, *others = model.host(x)
+    joined = torch.cat([first, *(F.interpolate(m, first.shape[2:], mode="bilinear") for m in others)], 1)
+    torch.testing.assert_close(model(x), model.head(joined))
+
+
 @pytest.mark.parametrize("fuse", ["first", "all"])
 def test_learns_heat_maps_and_segmentation(fuse: str) -> None:
     torch.manual_seed(0)

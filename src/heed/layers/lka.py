@@ -34,7 +34,7 @@ class SpreadConv2d(nn.Conv2d):
     """A depthwise convolution with dilation d and as many pixels after it, (B, C, H, W) -> (B, C, H, W).
 
     On a CPU the d x d maps that hold every d-th pixel of a map are convolved apart and without dilation: the same sums,
-    which its kernels take a third to a tenth of the time for. Compiled and exported graphs get the one convolution.
+    for which its kernels are faster. Compiled and exported graphs get the one convolution.
     """
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:

@@ -75,8 +75,8 @@ class ConvMlp(nn.Module):
 def channels_last(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """The same images with each pixel's channels side by side in memory, on a CPU.
 
-    Convolutions, norms and pooling are up to 4 times faster there in that layout, and hand it on to every map. Compiled
-    and exported graphs choose their own.
+    Convolutions, norms and pooling are faster there in that layout, and hand it on to every map. Compiled and exported
+    graphs choose their own.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x

@@ -8,7 +8,7 @@ from torch import Tensor
 from heed.engine.bias import dense_bias
 from heed.engine.call import Call, Result
 from heed.engine.patterns import Full
-from heed.engine.precision import no_autocast
+from heed.engine.precision import at_least_float32, no_autocast
 
 
 def refuse(call: Call) -> str | None:
@@ -23,7 +23,7 @@ def run(call: Call) -> Result:
 
 def _run(call: Call) -> Result:
     k, v = call.full_heads()
-    precision = torch.promote_types(call.q.dtype, torch.float32)
+    precision = at_least_float32(call.q)
     scores = call.scale * (call.q.to(precision) @ k.to(precision).transpose(-1, -2))
     if call.bias is not None:
         scores = scores + dense_bias(call.bias, call.pattern, call.n, call.m).to(precision)
