@@ -142,7 +142,8 @@ class NystromSoftmax(PatternAttention):
 def accuracy(attention: type[nn.Module] | str, seed: int, epochs: int = 15) -> float:
     """Test accuracy on scikit-learn's digits of a ViT of two blocks on 8 x 8 tokens."""
     torch.manual_seed(seed)
-    model = heed.create_model("vit_micro", depth=2, attention=attention if isinstance(attention, str) else "softmax")
+    layer = attention if isinstance(attention, str) else "softmax"
+    model = heed.create_model("vit_micro", patch_size=1, depth=2, attention=layer)
     if not isinstance(attention, str):
         for block in model.blocks:  # type: ignore[union-attr]
             block.attn = attention(64, 4)

@@ -67,7 +67,7 @@ def cost(tokens: int, repeats: int, backward: bool) -> list[Row]:
 def fit_digits(seed: int, sources: int, images: int, steps: int, dense: float) -> tuple[nn.Module, Handle]:
     """A vision transformer on pixels, trained with so many of the 64 sources."""
     torch.manual_seed(seed)
-    model = heed.create_model("vit_micro", dim=48, depth=3, num_heads=4).train()
+    model = heed.create_model("vit_micro", patch_size=1, dim=48, depth=3, num_heads=4).train()
     handle = heed.apply(model, StochasticSubsampling(ratio=64 / sources))
     x, y = digits()
     optimiser = torch.optim.AdamW(model.parameters(), 2e-3)

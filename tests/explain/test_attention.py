@@ -62,7 +62,7 @@ def test_random_directions_estimate_the_exact_map() -> None:
 @pytest.mark.parametrize("query", [(5, 1), None])
 def test_every_layer_in_the_host(name: str, query: tuple[int, int] | None) -> None:
     torch.manual_seed(0)
-    model = heed.create_model("vit_micro", attention=name, depth=1, dim=16, num_heads=2, drop_path=0.5)
+    model = heed.create_model("vit_micro", attention=name, patch_size=1, depth=1, dim=16, num_heads=2, drop_path=0.5)
     model.train()
     got = attention_map(model, torch.randn(1, 8, 8), query)
     assert got.shape == (8, 8)

@@ -40,7 +40,7 @@ def logits(name: str) -> tuple[Any, Callable[[Any], Tensor]]:
         "timm_vit": lambda: timm.create_model(
             "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4
         ),
-        "heed_vit": lambda: heed.create_model("vit_micro", img_size=16, in_chans=3, depth=2),
+        "heed_vit": lambda: heed.create_model("vit_micro", img_size=16, patch_size=1, in_chans=3, depth=2),
     }
     return vit[name]().eval(), lambda model: getattr(out := model(images()), "logits", out)
 

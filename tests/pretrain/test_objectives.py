@@ -167,7 +167,7 @@ def test_what_is_no_encoder_is_refused() -> None:
     with pytest.raises(ValueError, match="no table of positions"):
         MaskedAutoencoder(timm_vit(pos_embed="none"), RandomMask())
     with pytest.raises(ValueError, match="single value"):
-        MaskedAutoencoder(heed.create_model("vit_micro"), RandomMask())
+        MaskedAutoencoder(heed.create_model("vit_micro", patch_size=1), RandomMask())
     with pytest.raises(ValueError, match="dim=15 is not divisible by num_heads=2"):
         MaskedAutoencoder(heed_vit(), RandomMask(), decoder_dim=15, decoder_heads=2)
     with pytest.raises(ValueError, match="takes images"):

@@ -28,8 +28,9 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "17-sparsifiner" / "model_attent
 
 
 def micro(**overrides: Any) -> Sparsifiner:
+    """65 tokens, a basis of 10."""
     torch.manual_seed(0)
-    return cast(Sparsifiner, heed.create_model("sparsifiner_micro", **overrides))
+    return cast(Sparsifiner, heed.create_model("sparsifiner_micro", **{"patch_size": 1, "reduce_n": 6} | overrides))
 
 
 def images(count: int = 3) -> torch.Tensor:

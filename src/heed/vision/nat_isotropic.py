@@ -65,10 +65,6 @@ class ViTRPBConfig:
     attn_drop: float = 0.0
     drop_path: float = 0.1
 
-    def __post_init__(self) -> None:
-        if self.img_size % self.patch_size:
-            raise ValueError(f"img_size={self.img_size} is not a multiple of patch_size={self.patch_size}")
-
 
 @provides("58-dinat")
 @dataclass(frozen=True)
@@ -190,6 +186,11 @@ class ViTRPB(_Isotropic):
     Config = ViTRPBConfig
     takes_any_size = False
 
+    def __init__(self, config: ViTRPBConfig) -> None:
+        if config.img_size % config.patch_size:
+            raise ValueError(f"img_size={config.img_size} is not a multiple of patch_size={config.patch_size}")
+        super().__init__(config)
+
     @staticmethod
     def attention(config: ViTRPBConfig, layer: int) -> PatternAttention:
         return RPBAttention(
@@ -207,7 +208,7 @@ _BASE = replace(_SMALL, dim=768, num_heads=24, drop_path=0.4)
 # For images of 8 to 32 pixels a side: the size of `vit_micro`.
 _MICRO = NATIsotropicConfig(
     img_size=8,
-    patch_size=1,
+    patch_size=2,
     in_chans=1,
     num_classes=10,
     dim=64,
@@ -231,7 +232,7 @@ register_models(
     ViTRPB,
     vitrpb_micro=ViTRPBConfig(
         img_size=8,
-        patch_size=1,
+        patch_size=2,
         in_chans=1,
         num_classes=10,
         dim=64,

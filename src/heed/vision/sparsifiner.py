@@ -342,13 +342,14 @@ register_models(
     # basis fitted to it has small entries.
     sparsifiner_micro=SparsifinerConfig(
         img_size=8,
-        patch_size=1,
+        patch_size=2,
         in_chans=1,
         num_classes=10,
         dim=64,
         depth=4,
         num_heads=4,
         mlp_ratio=2.0,
+        reduce_n=2,
         basis_threshold=0.001,
     ),
     sparsifiner_small=SparsifinerConfig(),

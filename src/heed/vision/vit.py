@@ -111,8 +111,10 @@ class ViT(Backbone):
 
 register_models(
     ViT,
+    # For images of 8 to 32 pixels a side. A patch of one grey pixel is no token: the first LayerNorm would hide how bright
+    # it is.
     vit_micro=ViTConfig(
-        img_size=8, patch_size=1, in_chans=1, num_classes=10, dim=64, depth=4, num_heads=4, mlp_ratio=2.0
+        img_size=8, patch_size=2, in_chans=1, num_classes=10, dim=64, depth=4, num_heads=4, mlp_ratio=2.0
     ),
     vit_tiny=ViTConfig(),
     vit_small=ViTConfig(dim=384, num_heads=6),
