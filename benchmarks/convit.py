@@ -73,7 +73,7 @@ def trained(local_layers: int, ratio: float, seed: int, steps: int = 500) -> tup
     torch.manual_seed(seed)
     model = cast(
         ConViT,
-        heed.create_model("convit_micro", patch_size=2, dim=36, num_heads=9, depth=6, local_up_to_layer=local_layers),
+        heed.create_model("convit_micro", dim=36, num_heads=9, depth=6, local_up_to_layer=local_layers),
     )
     log = LocalityLog(model, images[1280:1344])
     log("start")

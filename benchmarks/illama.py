@@ -105,7 +105,7 @@ def learning(seeds: int) -> list[list[object]]:
         for name, found in loss.items():
             torch.manual_seed(seed)
             step = ROADMAP["causal, class token first"] if name == "collapsed" else {}
-            model: ILlama = heed.create_model("illama_micro", **step)  # type: ignore[assignment]
+            model: ILlama = heed.create_model("illama_micro", patch_size=1, **step)  # type: ignore[assignment]
             rates = soft_mask_rates(EPOCHS, STEPS, cutoff_epoch=EPOCHS // 2) if name == "soft" else None
             found.append(train(model, seed, rates))
             models[name] = model.eval()

@@ -102,8 +102,8 @@ def test_class_token_joins_late() -> None:
     model = micro(local_up_to_layer=2).eval()
     x = torch.randn(2, 1, 8, 8)
     outputs = model.block_outputs(x)
-    assert [tokens.shape[1] for tokens in outputs] == [64, 64, 65, 65]
-    assert [weights.shape[-1] for weights in model.attention_maps(x)] == [64, 64, 65, 65]
+    assert [tokens.shape[1] for tokens in outputs] == [16, 16, 17, 17]
+    assert [weights.shape[-1] for weights in model.attention_maps(x)] == [16, 16, 17, 17]
     torch.testing.assert_close(model(x), model.head(model.norm(outputs[-1][:, 0])))
     plain = micro(local_up_to_layer=0).eval()
     assert plain.gpsa_layers() == []
@@ -156,7 +156,7 @@ def test_positions_are_interpolated_on_request() -> None:
     constant = micro()
     nn.init.ones_(cast(nn.Parameter, constant.pos_embed))
     constant.set_image_size(6)
-    torch.testing.assert_close(cast(nn.Parameter, constant.pos_embed).detach(), torch.ones(1, 36, 64))
+    torch.testing.assert_close(cast(nn.Parameter, constant.pos_embed).detach(), torch.ones(1, 9, 64))
 
 
 @torch.no_grad()

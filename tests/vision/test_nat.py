@@ -326,10 +326,10 @@ def test_isotropic_models_alternate_dilations() -> None:
 
 
 def test_isotropic_nat_with_windows_of_the_whole_map_is_vit_rpb() -> None:
-    nat = create_model("nat_isotropic_micro", kernel_size=5, img_size=10, depth=2).eval()
-    vit = create_model("vitrpb_micro", img_size=10, depth=2).eval()
+    nat = create_model("nat_isotropic_micro", kernel_size=5, img_size=20, patch_size=4, depth=2).eval()
+    vit = create_model("vitrpb_micro", img_size=20, num_heads=8, depth=2).eval()
     vit.load_state_dict(nat.state_dict())
-    x = torch.randn(2, 1, 10, 10)
+    x = torch.randn(2, 1, 20, 20)
     torch.testing.assert_close(nat(x), vit(x), **EXACT)
 
 

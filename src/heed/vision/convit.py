@@ -317,7 +317,7 @@ register_models(
     # For images of 8 to 32 pixels: the size of `vit_micro`, its last block with the class token.
     convit_micro=ConViTConfig(
         img_size=8,
-        patch_size=1,
+        patch_size=2,
         in_chans=1,
         num_classes=10,
         dim=64,

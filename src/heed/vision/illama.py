@@ -565,7 +565,7 @@ register_models(
     # For images of 8 to 32 pixels a side: the size of `vit_micro`.
     illama_micro=ILlamaConfig(
         img_size=8,
-        patch_size=1,
+        patch_size=2,
         in_chans=1,
         num_classes=10,
         dim=64,

@@ -213,7 +213,7 @@ _MICRO = NATIsotropicConfig(
     num_classes=10,
     dim=64,
     depth=4,
-    num_heads=4,
+    num_heads=8,
     mlp_ratio=2.0,
     drop_path=0.0,
     kernel_size=3,
@@ -232,7 +232,7 @@ register_models(
     ViTRPB,
     vitrpb_micro=ViTRPBConfig(
         img_size=8,
-        patch_size=2,
+        patch_size=4,
         in_chans=1,
         num_classes=10,
         dim=64,
