@@ -1,0 +1,57 @@
+"""Every attention layer and every small vision model on scikit-learn's digits, by `heed compare classify`.
+
+    python benchmarks/digits.py [--epochs 20] [--seeds 2] [--jobs 2] [--run runs/all-digits] [--out FILE]
+
+Layers are put into the small ViT, models are taken whole; all learn at the same budget. A run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from common import report
+from heed.compare import ClassifySettings, run
+from heed.compare.progress import LiveProgress
+from heed.compare.results import MethodResult
+from heed.layers.registry import layers
+from heed.models import models
+
+COLUMNS = ["method", "kind", "accuracy", "spread", "lowest", "parameters", "training images/s", "images/s"]
+
+
+def methods() -> tuple[str, ...]:
+    """All layers, and the small models that classify images of digits."""
+    needed = {"num_classes", "in_chans"}
+    small = (name for name in models.names() if name.endswith("_micro"))
+    fields = {name: {field.name for field in dataclasses.fields(models.get(name).config)} for name in small}
+    return (*layers.names(), *(name for name, has in fields.items() if needed <= has))
+
+
+def row(result: MethodResult) -> list[object]:
+    score = result.scores["accuracy"]
+    found = [value for value in score.per_seed if value is not None]
+    kind = "layer" if result.method in layers.names() else "model"
+    costs = [result.costs[name] for name in ("parameters", "train", "infer")]
+    return [result.method, kind, score.mean, score.spread, min(found, default=None), *costs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--run", default="runs/all-digits", help="folder of the comparison")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    settings = ClassifySettings(
+        methods=methods(), epochs=given.epochs, seeds=given.seeds, jobs=given.jobs, threads=1, out=given.run
+    )
+    with LiveProgress(settings.methods, settings.seeds) as progress:
+        found = run(settings, on_progress=progress)
+    report("Digits, accuracy", COLUMNS, [row(result) for result in found.methods], given.out)
+
+
+if __name__ == "__main__":
+    main()
