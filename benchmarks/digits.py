@@ -8,7 +8,6 @@ Layers are put into the small ViT, models are taken whole; all learn at the same
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from common import report
@@ -17,16 +16,15 @@ from heed.compare.progress import LiveProgress
 from heed.compare.results import MethodResult
 from heed.layers.registry import layers
 from heed.models import models
+from heed.vision.backbone import Backbone
 
 COLUMNS = ["method", "kind", "accuracy", "spread", "lowest", "parameters", "training images/s", "images/s"]
 
 
 def methods() -> tuple[str, ...]:
     """All layers, and the small models that classify images of digits."""
-    needed = {"num_classes", "in_chans"}
     small = (name for name in models.names() if name.endswith("_micro"))
-    fields = {name: {field.name for field in dataclasses.fields(models.get(name).config)} for name in small}
-    return (*layers.names(), *(name for name, has in fields.items() if needed <= has))
+    return (*layers.names(), *(name for name in small if issubclass(models.get(name).cls, Backbone)))
 
 
 def row(result: MethodResult) -> list[object]:

@@ -166,6 +166,11 @@ def test_unknown_methods_are_refused_with_the_nearest_name():
         check_methods(["softmaxx"], "vit_micro")
 
 
+def test_models_that_do_not_classify_images_are_refused():
+    with pytest.raises(ValueError, match="'moh_dit_micro' is no model that classifies images"):
+        check_methods(["softmax", "moh_dit_micro"], "vit_micro")
+
+
 def test_wrong_devices_are_refused():
     with pytest.raises(ValueError, match="'gpu9' is not a device"):
         check_device("gpu9")

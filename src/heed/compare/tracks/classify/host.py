@@ -9,6 +9,7 @@ from heed.data.images import ImageData, patch_size
 from heed.errors import unknown
 from heed.layers.registry import layers
 from heed.models import HeedModel, create_model, models
+from heed.vision.backbone import Backbone
 
 
 def check_methods(methods: Sequence[str], host: str) -> None:
@@ -17,7 +18,7 @@ def check_methods(methods: Sequence[str], host: str) -> None:
     for method in methods:
         if method not in known:
             raise ValueError(unknown("method", method, known))
-        if method not in layers.names() and not {"num_classes", "in_chans"} <= _fields(method):
+        if method not in layers.names() and not issubclass(models.get(method).cls, Backbone):
             raise ValueError(f"method {method!r} is no model that classifies images; it cannot be compared here")
     if "attention" not in _fields(host):
         raise ValueError(f"host={host!r} does not take an attention layer; 'vit_micro' does")
