@@ -27,7 +27,8 @@ from heed.engine.pattern import Pattern
 from heed.engine.patterns import Blocks
 from heed.layers.attention import PatternAttention
 from heed.layers.neighborhood import NeighborhoodAttention2D
-from heed.vision.nat import NAT, NATConfig, dilation_cost, receptive_field
+from heed.vision.nat import NAT, NATConfig, dilation_cost
+from heed.vision.nat_dilations import receptive_field
 
 COLUMNS = ["claim", "what", "parameters", "G multiply-adds", "ms", "over the plain one", "tokens seen", "accuracy"]
 KERNEL, DIM, HEADS, SIDE, WINDOW = 3, 64, 2, 56, 7

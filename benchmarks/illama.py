@@ -17,18 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import heed
 from common import digits, interleaved, options, report
-from heed.vision.illama import (
-    ROADMAP,
-    ILlama,
-    SoftMask,
-    SoftMaskedAttention,
-    SoftMaskSchedule,
-    calibration_error,
-    map_rank,
-    quantised,
-    rope_table,
-    soft_mask_rates,
-)
+from heed.vision.illama import ROADMAP, ILlama, SoftMask, SoftMaskedAttention, rope_table
+from heed.vision.illama_analysis import calibration_error, map_rank, quantised
+from heed.vision.illama_training import SoftMaskSchedule, soft_mask_rates
 
 COLUMNS = ["claim", "baseline", "baseline value", "heed", "ratio"]
 PAPER = {

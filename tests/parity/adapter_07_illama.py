@@ -7,16 +7,9 @@ from case import Case
 from torch import Tensor
 
 from heed.checkpoint import load_weights
-from heed.vision.illama import (
-    ILlama,
-    ILlamaBlock,
-    ILlamaConfig,
-    SoftMask,
-    resize_positions,
-    rope_table,
-    select_elements,
-    soft_mask_rates,
-)
+from heed.vision.illama import ILlama, ILlamaBlock, ILlamaConfig, SoftMask, rope_table
+from heed.vision.illama_training import soft_mask_rates
+from heed.vision.illama_weights import resize_positions, select_elements
 
 
 def run(case: Case) -> dict[str, Tensor]:

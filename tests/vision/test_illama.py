@@ -21,17 +21,12 @@ from heed.vision.illama import (
     ILlamaConfig,
     SoftMask,
     SoftMaskedAttention,
-    SoftMaskSchedule,
     apply_rope,
-    calibration_error,
-    map_rank,
-    quantised,
-    resize_positions,
     rope_table,
-    select_elements,
-    soft_mask_rates,
-    training_recipe,
 )
+from heed.vision.illama_analysis import calibration_error, map_rank, quantised
+from heed.vision.illama_training import SoftMaskSchedule, soft_mask_rates, training_recipe
+from heed.vision.illama_weights import resize_positions, select_elements
 
 EXACT: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 GOLDEN = Path(__file__).parents[1] / "golden" / "07-illama" / "model_tiny.safetensors"

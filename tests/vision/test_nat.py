@@ -20,18 +20,10 @@ import heed
 from heed.layers.neighborhood import NeighborhoodAttention2D
 from heed.models import create_model
 from heed.vision.dinats import DiNATs
-from heed.vision.nat import (
-    DENSE_DILATIONS,
-    NAT,
-    NATConfig,
-    NATLayer,
-    alternating_dilations,
-    dilation_cost,
-    from_transformers,
-    receptive_field,
-    resize_windows,
-)
+from heed.vision.nat import NAT, NATConfig, NATLayer, dilation_cost
+from heed.vision.nat_dilations import DENSE_DILATIONS, alternating_dilations, receptive_field
 from heed.vision.nat_isotropic import NATIsotropic, RPBAttention, ViTRPB
+from heed.vision.nat_weights import from_transformers, resize_windows
 
 EXACT = {"rtol": 1e-4, "atol": 2e-5}
 GOLDEN = Path(__file__).parents[1] / "golden" / "58-dinat"

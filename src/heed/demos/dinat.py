@@ -21,7 +21,7 @@ from heed.demos.registry import Figures, demos, photograph
 from heed.engine.patterns import Neighborhood
 from heed.layers.natten import neighborhood_flops
 from heed.layers.neighborhood import NeighborhoodAttention2D
-from heed.vision.nat import receptive_field
+from heed.vision.nat_dilations import receptive_field
 
 _GRID, _PIXELS = (64, 96), 4  # tokens, pixels per token and axis
 _WINDOW = 7

@@ -17,7 +17,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from heed.demos.registry import Figures, demos, photograph
-from heed.vision.illama import ROADMAP, ILlama, ILlamaConfig, SoftMask, SoftMaskSchedule, map_rank, soft_mask_rates
+from heed.vision.illama import ROADMAP, ILlama, ILlamaConfig, SoftMask
+from heed.vision.illama_analysis import map_rank
+from heed.vision.illama_training import SoftMaskSchedule, soft_mask_rates
 
 _SIZE, _CROP, _PATCH = (120, 180), 32, 4
 _CELLS = (3, 4)  # where a crop may come from: rows, columns

@@ -6,7 +6,7 @@
     x = x + attn(RMSNorm(x));  x = x + W_2 (silu(W_1 y) * W_3 y), y = RMSNorm(x)
     logits = head(RMSNorm(x)[last])
 
-The soft mask rate r falls from 1 (bidirectional) to 0 (causal) early in training: `SoftMaskSchedule`.
+The soft mask rate r falls from 1 (bidirectional) to 0 (causal) early in training: `heed.vision.illama_training`.
 
 The released code multiplies by the mask AFTER the softmax and does not renormalise, and released weights need that: it
 is mask_mode="post", the default. Rows of patches then do not sum to 1 and their normalisers see later tokens, so the
@@ -19,15 +19,12 @@ Wang et al., "Adapting LLaMA Decoder to Vision Transformer", 2024 (arXiv 2404.06
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 
@@ -38,6 +35,7 @@ from heed.errors import unknown
 from heed.layers.attention import check_heads
 from heed.models import register_models
 from heed.vision.backbone import ClassTokenBackbone
+from heed.vision.illama_weights import LLAMA_NAMES, resize_positions, select_elements
 from heed.vision.parts import drop_path_rates, init_linear
 
 _CHOICES = {
@@ -392,7 +390,7 @@ class ILlama(ClassTokenBackbone):
             raise ValueError(f"ffn={self.config.ffn!r}, norm={self.config.norm!r}: LLaMA has 'swiglu' and 'rms'")
         own, chosen = self.state_dict(), {}
         for i in range(self.config.depth):
-            for name, theirs in _LLAMA_NAMES.items():
+            for name, theirs in LLAMA_NAMES.items():
                 keys = [f"model.layers.{i}.{part}.weight" for part in theirs]
                 missing = [key for key in keys if key not in weights]
                 if missing:
@@ -401,158 +399,6 @@ class ILlama(ClassTokenBackbone):
                 chosen[key] = select_elements(torch.cat([weights[k] for k in keys]), tuple(own[key].shape))
         self.load_state_dict(chosen, strict=False)
         return list(chosen)
-
-
-# Part of a block -> the parts of a LLaMA layer that it comes from.
-_LLAMA_NAMES = {
-    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.proj": ("self_attn.o_proj",),
-    "mlp.fc1": ("mlp.gate_proj",),
-    "mlp.fc2": ("mlp.down_proj",),
-    "mlp.fc3": ("mlp.up_proj",),
-    "norm1": ("input_layernorm",),
-    "norm2": ("post_attention_layernorm",),
-}
-
-
-@provides("07-illama")
-def select_elements(teacher: Tensor, shape: Sequence[int]) -> Tensor:
-    """The elements of a larger tensor at evenly spaced indices along every axis: indices 0, s, 2s, ... where the sizes
-    divide with quotient s, else round(linspace(0, size - 1, count)).
-
-    Args:
-        teacher: any tensor.
-        shape: of the result; as many axes, none longer than the teacher's.
-    """
-    if len(shape) != teacher.ndim or any(s > t for s, t in zip(shape, teacher.shape, strict=True)):
-        raise ValueError(
-            f"a teacher {tuple(teacher.shape)} cannot give {tuple(shape)}; none of its axes may be shorter"
-        )
-    for axis, count in enumerate(shape):
-        size = teacher.shape[axis]
-        if size % count == 0:
-            index = torch.arange(count) * (size // count)
-        else:
-            index = torch.linspace(0, size - 1, count).round().long()
-        teacher = teacher.index_select(axis, index.to(teacher.device))
-    return teacher
-
-
-@provides("07-illama")
-def resize_positions(positions: Float[Tensor, "1 N C"], side: int, class_first: bool = False) -> Float[Tensor, "1 M C"]:
-    """Position embeddings for side x side patches: bicubic from the old square grid; the class token keeps its slot."""
-    old = math.isqrt(positions.shape[1] - 1)
-    if old**2 + 1 != positions.shape[1]:
-        raise ValueError(
-            f"{positions.shape[1]} position embeddings are no square grid and one slot for the class token"
-        )
-    token, grid = positions.split([1, old**2], 1) if class_first else reversed(positions.split([old**2, 1], 1))
-    maps = grid.transpose(1, 2).unflatten(2, (old, old))
-    if side != old:
-        maps = F.interpolate(maps.float(), (side, side), mode="bicubic", align_corners=False).to(positions.dtype)
-    grid = maps.flatten(2).transpose(1, 2)
-    return torch.cat([token, grid] if class_first else [grid, token], 1)
-
-
-@provides("07-illama")
-def soft_mask_rates(
-    epochs: int,
-    steps_per_epoch: int,
-    rate: float = 1.0,
-    *,
-    cutoff_epoch: int = 0,
-    decay: str = "linear",
-    mode: str = "soft",
-) -> Float[Tensor, " steps"]:
-    """The soft mask rate of every training step.
-
-    Args:
-        epochs, steps_per_epoch: length of the training.
-        rate: to begin with, in [0, 1].
-        cutoff_epoch: the epoch from which on the rate is 0 in mode "soft".
-        decay: how it gets there: "linear", or "constant" and then a drop.
-        mode: "soft", or "standard" for the same rate throughout.
-    """
-    SoftMask(rate)
-    if mode not in ("soft", "standard"):
-        raise ValueError(unknown("mode", mode, ("soft", "standard")))
-    if decay not in ("linear", "constant"):
-        raise ValueError(unknown("decay", decay, ("linear", "constant")))
-    if not 0 <= cutoff_epoch <= epochs:
-        raise ValueError(f"cutoff_epoch={cutoff_epoch} must lie in [0, epochs={epochs}]")
-    if mode == "standard":
-        return torch.full((epochs * steps_per_epoch,), float(rate))
-    rates, soft = torch.zeros(epochs * steps_per_epoch), cutoff_epoch * steps_per_epoch
-    rates[:soft] = torch.linspace(rate, 0, soft) if decay == "linear" else rate
-    return rates
-
-
-@provides("07-illama")
-class SoftMaskSchedule:
-    """Sets a model's soft mask rate for every training step, like a learning-rate schedule of PyTorch.
-
-    Made before the first step, it sets the first rate; `step()` after each training step sets the next.
-
-    Args:
-        model: an `ILlama`.
-        rates: one per step, from `soft_mask_rates`; the last one stays.
-    """
-
-    def __init__(self, model: ILlama, rates: Tensor) -> None:
-        self.model = model
-        self.rates = rates.tolist()
-        self.steps = 0
-        model.set_soft_mask(self.rates[0])
-
-    def step(self) -> None:
-        self.steps = min(self.steps + 1, len(self.rates) - 1)
-        self.model.set_soft_mask(self.rates[self.steps])
-
-
-@provides("07-illama")
-def map_rank(maps: Float[Tensor, "*B N N"], tolerance: float = 1e-6) -> Int[Tensor, "*B"]:
-    """Numerical rank of attention maps: singular values above tolerance * the largest one, computed in float64."""
-    values = torch.linalg.svdvals(maps.double())
-    return (values > tolerance * values[..., :1]).sum(-1)
-
-
-@provides("07-illama")
-def calibration_error(logits: Float[Tensor, "N K"], labels: Int[Tensor, " N"], bins: int = 15) -> float:
-    """Expected calibration error: |accuracy - confidence| in equal bins of confidence, weighted by their share."""
-    confidence, predicted = logits.softmax(-1).max(-1)
-    right = (predicted == labels).to(confidence.dtype)
-    place = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=confidence.dtype, device=logits.device).index_add(0, place, right - confidence)
-    return (gap.abs().sum() / len(labels)).item()
-
-
-@provides("07-illama")
-@contextmanager
-def quantised(model: nn.Module, weight_bits: int = 8, activation_bits: int = 8) -> Iterator[None]:
-    """Inside the `with`, linear layers work with rounded weights (per output channel) and inputs (per tensor),
-    symmetric, in floating point: what quantisation would do to the numbers, not to the speed. Undone afterwards."""
-
-    def rounded(x: Tensor, bits: int, over: tuple[int, ...]) -> Tensor:
-        step = x.abs().amax(over, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / (2 ** (bits - 1) - 1)
-        return (x / step).round() * step
-
-    def round_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (rounded(inputs[0], activation_bits, tuple(range(inputs[0].ndim))), *inputs[1:])
-
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    kept = [layer.weight.detach().clone() for layer in layers]
-    hooks = [layer.register_forward_pre_hook(round_input) for layer in layers]
-    try:
-        with torch.no_grad():
-            for layer in layers:
-                layer.weight.copy_(rounded(layer.weight, weight_bits, (1,)))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        with torch.no_grad():
-            for layer, weight in zip(layers, kept, strict=True):
-                layer.weight.copy_(weight)
 
 
 _TINY = ILlamaConfig()
@@ -581,28 +427,3 @@ register_models(
     illama_large=_LARGE,
     illama_large_384=replace(_LARGE, img_size=384),
 )
-
-_RECIPES: dict[str, dict[str, Any]] = {
-    "tiny": {"mixup": 0.1, "cutmix": 0.1, "drop_path": 0.0, "warmup_epochs": 5},
-    "small": {"mixup": 0.5, "cutmix": 0.5, "drop_path": 0.1},
-    "base": {"mixup": 0.95, "cutmix": 1.0, "drop_path": 0.4},
-}
-_MASKS: dict[str, dict[str, Any]] = {
-    "tiny": {"cutoff_epoch": 50, "decay": "constant"},
-    "small": {"cutoff_epoch": 50, "decay": "linear"},
-    "base": {"cutoff_epoch": 25, "decay": "linear"},
-}
-
-
-@provides("07-illama")
-def training_recipe(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How the authors train on ImageNet: options of timm's training script, and those of `soft_mask_rates`.
-
-    Args:
-        name: "illama_tiny", "illama_small" or "illama_base".
-    """
-    size = re.sub(r"^illama_", "", name)
-    if size not in _RECIPES:
-        raise ValueError(unknown("recipe", name, (f"illama_{known}" for known in _RECIPES)))
-    common = {"epochs": 300, "batch_size": 4096, "opt": "adamw", "lr": 4e-3, "weight_decay": 0.05}
-    return common | _RECIPES[size], {"epochs": 300, "rate": 1.0} | _MASKS[size]

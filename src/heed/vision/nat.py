@@ -19,27 +19,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from heed.catalogue import provides
-from heed.engine.patterns import Neighborhood
 from heed.layers.attention import PatternAttention
 from heed.layers.neighborhood import NeighborhoodAttention2D
 from heed.models import register_models
 from heed.vision.backbone import Backbone
+from heed.vision.nat_dilations import Dilations, alternating_dilations
+from heed.vision.nat_weights import from_transformers
 from heed.vision.parts import drop_path_rates, init_linear, pyramid_info
 
 T = TypeVar("T", bound="NeighborhoodBackbone")
 N = TypeVar("N", bound="NAT")
-Dilations = tuple[tuple[int, ...], ...]  # per level, one per layer
 
 
 @provides("58-dinat")
@@ -104,64 +102,6 @@ class NATConfig:
         if self.dilations == "alternating":
             return alternating_dilations(self.img_size, self.kernel_size, self.depths, self.stem_stride)
         return cast(Dilations, self.dilations)
-
-
-@provides("58-dinat")
-def alternating_dilations(
-    img_size: int, kernel_size: int = 7, depths: Sequence[int] = (3, 4, 18, 5), stem_stride: int = 4
-) -> Dilations:
-    """The authors' rule: 1 and floor(side of the map / kernel_size) in turns, per level.
-
-    Args:
-        img_size: side of the images in pixels.
-        kernel_size: side of the windows in tokens.
-        depths: layers per level.
-        stem_stride: pixels per token of the first level.
-
-    Returns:
-        Per level one dilation per layer; with windows of 7, the larger ones are 8, 4, 2, 1 at 224 pixels and
-        13, 6, 3, 1 at 384.
-    """
-    wide = [max(1, -(-img_size // (stem_stride * 2**level)) // kernel_size) for level in range(len(depths))]
-    return tuple(tuple(w if i % 2 else 1 for i in range(depth)) for w, depth in zip(wide, depths, strict=True))
-
-
-# The authors' dilations for dense tasks, for depths 3, 4, 18, 5 and windows of 7 (mask2former: 11); the weights stay.
-# For a level of fewer layers take its first entries.
-DENSE_DILATIONS: dict[str, Dilations] = {
-    "coco": ((1, 28, 1), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7) * 3, (1, 3, 1, 3, 1)),
-    "upernet_512": ((1, 16, 1), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4) * 3, (1, 2, 1, 2, 1)),
-    "upernet_640": (
-        (1, 20, 1),
-        (1, 5, 1, 10),
-        (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5),
-        (1, 2, 1, 2, 1),
-    ),
-    "mask2former": ((1, 14, 1), (1, 4, 1, 7), (1, 2, 1, 3) * 4 + (1, 3), (1, 1, 1, 1, 1)),
-}
-
-
-@provides("58-dinat")
-def receptive_field(side: int, kernel_size: int, dilations: Sequence[int]) -> Bool[Tensor, "side side"]:
-    """Which tokens of an axis reach which through a stack of layers, borders and padding included.
-
-    A window on a map is the product of its axes, so the share of a square map that an output sees is the square of the
-    share along an axis.
-
-    Args:
-        side: tokens along the axis.
-        kernel_size: window in tokens.
-        dilations: one per layer, first layer first.
-
-    Returns:
-        (side, side): True at [i, j] where the output i depends on the input j.
-    """
-    reach = torch.eye(side)
-    for dilation in dilations:
-        length = max(side, kernel_size * dilation)
-        window = Neighborhood(length, kernel_size, dilation).mask(length)[:side, :side]
-        reach = ((window.float() @ reach) > 0).float()
-    return reach.bool()
 
 
 @provides("58-dinat")
@@ -292,7 +232,7 @@ class NeighborhoodBackbone(Backbone):
                 had, has = (value.shape[-1] + 1) // 2, (table.shape[-1] + 1) // 2
                 raise ValueError(
                     f"{key} of {source} is for windows of {had}, the model has windows of {has}: load "
-                    f"heed.vision.nat.resize_windows(weights, {has}) with load_authors instead"
+                    f"heed.vision.nat_weights.resize_windows(weights, {has}) with load_authors instead"
                 )
         return super().load_authors(weights, source)
 
@@ -460,78 +400,6 @@ def dilation_cost(model: NAT, height: int | None = None, width: int | None = Non
     with torch.device("meta"):
         plain = type(model)(replace(model.config, dilations=None))
     return model.flops(height, width) / plain.flops(height, width)
-
-
-@provides("58-dinat")
-def resize_windows(weights: dict[str, Tensor], kernel_size: int) -> dict[str, Tensor]:
-    """Weights for windows of another size: the tables of relative positions interpolated, everything else as it is.
-
-    Bicubic with align_corners=False, as Swin does it; the authors say only that their 11x11 model was made by
-    interpolation, so this is heed's reading.
-
-    Args:
-        weights: a state dict, in the authors' names or heed's; tables end in "attn.rpb".
-        kernel_size: side of the new windows; odd.
-
-    Raises:
-        ValueError: a kernel_size that is even or below 3, or weights without tables.
-    """
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 3 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size!r} must be an odd integer >= 3")
-    tables = {key: value for key, value in weights.items() if key.endswith("attn.rpb")}
-    if not tables:
-        raise ValueError("these weights hold no tables of relative positions, whose names end in 'attn.rpb'")
-    size = (2 * kernel_size - 1,) * 2
-    resized = {
-        key: F.interpolate(value[None].float(), size, mode="bicubic", align_corners=False)[0].to(value.dtype)
-        for key, value in tables.items()
-    }
-    return weights | resized
-
-
-# transformers' names and the authors'; the first that fits counts.
-_TRANSFORMERS = (
-    (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"embeddings\.norm\.", "patch_embed.norm."),
-    (r"encoder\.levels\.(\d+)\.layers\.", r"levels.\1.blocks."),
-    (r"encoder\.levels\.", "levels."),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.self\.rpb", ".attn.rpb"),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-)
-
-
-@provides("58-dinat")
-def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of transformers' DinatModel, DinatForImageClassification or DinatBackbone in the authors' names.
-
-    Queries, keys and values become one projection, the pair of layer scales two vectors. `NAT.from_authors` and
-    `load_authors` call this by themselves. The optional norm of a DinatBackbone on its stem is left out.
-    """
-    named: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        name = key.removeprefix("dinat.").removeprefix("nat.")
-        if name.startswith("hidden_states_norms."):
-            _, stage, kind = name.split(".")
-            if stage != "stem":
-                named[f"norm{int(stage.removeprefix('stage')) - 1}.{kind}"] = value
-            continue
-        for theirs, ours in _TRANSFORMERS:
-            name = re.sub(theirs, ours, name)
-        if name.endswith(".layer_scale_parameters"):
-            stem = name.removesuffix("layer_scale_parameters")
-            named[f"{stem}gamma1"], named[f"{stem}gamma2"] = value
-        else:
-            named[name] = value
-    for query in [name for name in named if ".attention.self.query." in name]:
-        parts = [named.pop(query.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
-        named[query.replace(".attention.self.query.", ".attn.qkv.")] = torch.cat(parts)
-    return named
 
 
 _MINI = NATConfig()
