@@ -405,6 +405,7 @@ def _picked(keys: int, tile: int) -> Selected:
     ("pattern", "dtype", "expected"),
     [
         (_picked(100, 1), torch.float32, "sdpa"),  # fetching a tenth of the keys for every query costs more than a mask
+        (Causal() & _picked(100, 1), torch.float32, "sdpa"),
         (_picked(10, 1), torch.float32, "tiled"),
         (_picked(100, 128), torch.float32, "tiled"),
         (Full(), torch.float32, "sdpa"),

@@ -6,7 +6,7 @@ from torch.utils._triton import has_triton
 
 from heed.engine.backends import flex, sdpa
 from heed.engine.call import Call
-from heed.engine.patterns import Causal, Full, Selected
+from heed.engine.patterns import Causal, Full
 from heed.engine.planner import plan_for
 
 # Below this many scores per head a dense mask costs less than cutting the tokens into tiles. Measured on CPUs.
@@ -41,9 +41,9 @@ def choose(call: Call) -> tuple[str, str]:
         if call.q.device.type == "cuda" and work <= share and flex.refuse(call) is None and has_triton():
             return "flex", f"a compiled kernel visits {work:.0%} of all scores"
         return "tiled", f"tiles compute {work:.0%} of all scores"
-    if dense is None and isinstance(call.pattern, Selected) and call.q.shape[:2].numel() * call.n * call.m <= _MASK:
-        tile, key_block = call.pattern.block
-        share = call.pattern.index.shape[3] * key_block / call.m
+    fetched = call.pattern.fetches(call.m)
+    if dense is None and fetched is not None and call.q.shape[:2].numel() * call.n * call.m <= _MASK:
+        tile, share = fetched
         if share * _FETCH > tile:
             return "sdpa", f"{share:.0%} of the keys for {tile} queries at a time cost more to fetch than to mask"
     return "tiled", "the pattern is chosen by content" if dense is None else f"sdpa: {dense}"

@@ -106,6 +106,9 @@ class Selected(Pattern):
     def grain(self) -> tuple[int, int]:
         return self.block
 
+    def fetches(self, m: int) -> tuple[int, float] | None:
+        return self.block[0], self.index.shape[3] * self.block[1] / m
+
     def check(self, n: int, m: int) -> None:
         blocks, keys = -(-n // self.block[0]), -(-m // self.block[1])
         if self.index.shape[2] != blocks:

@@ -42,6 +42,11 @@ class Pattern:
         """Query and key block sizes at which the pattern is most economically described."""
         return 64, 64
 
+    def fetches(self, m: int) -> tuple[int, float] | None:
+        """(queries that share a choice of keys, share of the m keys that each choice names), or None when the pattern
+        does not name keys one choice at a time."""
+        return None
+
     def check(self, n: int, m: int) -> None:
         """Raise ValueError when n queries and m keys do not fit the pattern."""
 
@@ -152,6 +157,14 @@ class And(_Pair):
             if all(_unrestricted(axis) for axis in full):
                 return other
         return None
+
+    def fetches(self, m: int) -> tuple[int, float] | None:
+        return self.left.fetches(m) or self.right.fetches(m)  # what the other one keeps is fetched first
+
+    def mask(self, n: int, m: int | None = None, *, batch: int = 1, heads: int = 1, device: object = None) -> Tensor:
+        # Without index arithmetic where either side has a quicker way.
+        left, right = (side.mask(n, m, batch=batch, heads=heads, device=device) for side in (self.left, self.right))
+        return left & right
 
     def rule(self, n: int, m: int, device: torch.device) -> Rule:
         left, right = self.left.rule(n, m, device), self.right.rule(n, m, device)
