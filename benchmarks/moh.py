@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,10 +21,10 @@ from common import interleaved, report
 from heed.layers.moh import MoHAttention, attend_gated
 from heed.layers.routed_heads import gathering_pays
 
-DIM, HEADS = 768, 12
+DIMS, HEADS = (384, 768), 12
 ACTIVE = {92: (5, 6), 75: (5, 4), 50: (3, 3)}  # percent of the heads: shared, routed
 TOKENS = (256, 512, 1024, 2048, 4096)
-COLUMNS = ["tokens", "active %", "core", "core, training", "layer", "layer, training", "automatic"]
+COLUMNS = ["channels", "tokens", "active %", "core", "core, training", "layer", "layer, training", "automatic"]
 
 
 def core(layer: MoHAttention, x: Tensor, gather: bool, train: bool) -> Callable[[], object]:
@@ -64,10 +65,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rows: list[list[object]] = []
-    for tokens in options.tokens:
-        x = torch.randn(1, tokens, DIM, device=options.device)
+    for dim, tokens in product(DIMS, options.tokens):
+        x = torch.randn(1, tokens, dim, device=options.device)
         for percent, (shared, routed) in ACTIVE.items():
-            layer = MoHAttention(DIM, HEADS, shared=shared, routed=routed).to(options.device)
+            layer = MoHAttention(dim, HEADS, shared=shared, routed=routed).to(options.device)
             gains = []
             for build in (core, whole):
                 for train in (False, True):
@@ -75,8 +76,8 @@ def main() -> None:
                     times = interleaved(runs, repeats=options.repeats)
                     gains.append(times["False"] / times["True"])
             chosen = "gathers" if gathering_pays(tokens, HEADS, shared + routed, x.device) else "all heads"
-            rows.append([tokens, percent, *gains, chosen])
-    title = f"Mixture-of-Head attention, {DIM} channels, {HEADS} heads, float32: times faster than all heads"
+            rows.append([dim, tokens, percent, *gains, chosen])
+    title = f"Mixture-of-Head attention, {HEADS} heads, float32: times faster than all heads"
     report(title, COLUMNS, rows, options.out)
 
 

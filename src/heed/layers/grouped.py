@@ -399,6 +399,9 @@ def _register(name: str, kind: type[GQA]) -> None:
         # Half the heads, or fewer where that does not divide them.
         half = max(g for g in range(1, max(1, num_heads // 2) + 1) if num_heads % g == 0)
         options.setdefault("num_kv_heads", half)
+        if kind is DGQA:
+            # "diff" splits by what changed since the batch before, which in evaluation is noise.
+            options.setdefault("kind", "ema")
         return kind(dim, num_heads, **options)
 
 
