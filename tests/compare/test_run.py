@@ -198,3 +198,9 @@ def test_the_display_takes_all_news(capsys):
     printed = capsys.readouterr().out
     assert "softmax, seed 0: accuracy 75.0 %" in printed
     assert "hilo: failed: broke" in printed
+
+
+def test_an_idle_display_goes_when_a_setting_is_wrong(capsys):
+    with pytest.raises(ValueError, match="wrong"), LiveProgress(("softmax",), 1):
+        raise ValueError("wrong")
+    assert "trials" not in capsys.readouterr().out

@@ -68,7 +68,8 @@ class LiveProgress:
         self._bars.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._bars.live.transient = error is not None  # what went wrong is said below, not under an idle bar
         self._bars.stop()
 
     def __call__(self, news: Progress) -> None:
