@@ -159,7 +159,8 @@ class And(_Pair):
         return None
 
     def fetches(self, m: int) -> tuple[int, float] | None:
-        return self.left.fetches(m) or self.right.fetches(m)  # what the other one keeps is fetched first
+        # The other side leaves some of the fetched keys out; of two choices the left one counts.
+        return self.left.fetches(m) or self.right.fetches(m)
 
     def mask(self, n: int, m: int | None = None, *, batch: int = 1, heads: int = 1, device: object = None) -> Tensor:
         # Without index arithmetic where either side has a quicker way.

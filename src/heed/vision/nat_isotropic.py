@@ -230,6 +230,7 @@ register_models(
 )
 register_models(
     ViTRPB,
+    # Larger patches than above: relative positions alone teach it slowly what lies where.
     vitrpb_micro=ViTRPBConfig(
         img_size=8,
         patch_size=4,
