@@ -10,21 +10,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from common import report
 from heed.compare import ClassifySettings, run
 from heed.compare.progress import LiveProgress
 from heed.compare.results import MethodResult
+from heed.compare.tracks.classify.host import classifies
 from heed.layers.registry import layers
 from heed.models import models
-from heed.vision.backbone import Backbone
 
 COLUMNS = ["method", "kind", "accuracy", "spread", "lowest", "parameters", "training images/s", "images/s"]
 
 
 def methods() -> tuple[str, ...]:
     """All layers, and the small models that classify images of digits."""
-    small = (name for name in models.names() if name.endswith("_micro"))
-    return (*layers.names(), *(name for name in small if issubclass(models.get(name).cls, Backbone)))
+    return (*layers.names(), *(name for name in models.names() if name.endswith("_micro") and classifies(name)))
 
 
 def row(result: MethodResult) -> list[object]:
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--run", default="runs/all-digits", help="folder of the comparison")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    torch.set_num_threads(1)  # what each trial computes with
     settings = ClassifySettings(
         methods=methods(), epochs=given.epochs, seeds=given.seeds, jobs=given.jobs, threads=1, out=given.run
     )

@@ -393,20 +393,18 @@ def grouped_scheme(scheme: str, window: int = 1) -> tuple[type[GQA], dict[str, A
     return kind, options | ({"window": window} if kind is DGQA else {})
 
 
-def _register(name: str, kind: type[GQA]) -> None:
+def _register(name: str, layer: type[GQA], **chosen: Any) -> None:
     @layers.register(name)
     def create(dim: int, num_heads: int, grid: tuple[int, int], **options: Any) -> nn.Module:
         # Half the heads, or fewer where that does not divide them.
         half = max(g for g in range(1, max(1, num_heads // 2) + 1) if num_heads % g == 0)
-        options.setdefault("num_kv_heads", half)
-        if kind is DGQA:
-            # "diff" splits by what changed since the batch before, which in evaluation is noise.
-            options.setdefault("kind", "ema")
-        return kind(dim, num_heads, **options)
+        settings: dict[str, Any] = {"num_kv_heads": half} | chosen | options
+        return layer(dim, num_heads, **settings)
 
 
-for _name, _kind in (("gqa", GQA), ("kdgqa", KDGQA), ("dgqa", DGQA), ("pgqa", PGQA)):
-    _register(_name, _kind)
+for _name, _layer in (("gqa", GQA), ("kdgqa", KDGQA), ("pgqa", PGQA)):
+    _register(_name, _layer)
+_register("dgqa", DGQA, kind="ema")  # "diff" splits by what changed since the batch before: in evaluation that is noise
 
 
 # -- from multi-head weights

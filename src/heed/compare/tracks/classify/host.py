@@ -18,10 +18,15 @@ def check_methods(methods: Sequence[str], host: str) -> None:
     for method in methods:
         if method not in known:
             raise ValueError(unknown("method", method, known))
-        if method not in layers.names() and not issubclass(models.get(method).cls, Backbone):
+        if method not in layers.names() and not classifies(method):
             raise ValueError(f"method {method!r} is no model that classifies images; it cannot be compared here")
     if "attention" not in _fields(host):
         raise ValueError(f"host={host!r} does not take an attention layer; 'vit_micro' does")
+
+
+def classifies(model: str) -> bool:
+    """Whether a registered model takes images and gives logits."""
+    return issubclass(models.get(model).cls, Backbone)
 
 
 def build_model(method: str, data: ImageData, host: str = "vit_micro") -> HeedModel:
